@@ -1,0 +1,88 @@
+# Every entry point. `make` alone prints this list.
+#
+#   make run-notebook RECIPE=baseline SEED=1      settings follow as NAME=value
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := "$(VENV)/bin/python"
+
+# What runs may be told. RUN is a run directory, by default runs/<recipe>-<protocol>-seed<seed>.
+NB ?= stats training analysis
+RECIPE ?= quick
+PROTOCOL ?= val
+DATASET ?= auto
+SEED ?= 0
+DEVICE ?= auto
+FORCE ?= 0
+RUN ?=
+PARAMS ?=
+IMAGE ?=
+
+# albumentations otherwise asks the package index for news at every import.
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+SETTINGS = --recipe "$(RECIPE)" --protocol "$(PROTOCOL)" --dataset "$(DATASET)" --seed "$(SEED)" \
+	--device "$(DEVICE)" --force "$(FORCE)" --run "$(RUN)" $(PARAMS)
+
+.DEFAULT_GOAL := help
+.PHONY: help env run-notebook stats train analysis tour lab predict test test-fast lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  Settings, e.g. make run-notebook RECIPE=baseline SEED=1 DATASET=cifar10"
+	@echo "    NB        which notebooks: stats training analysis      (all three)"
+	@echo "    RECIPE    baseline or quick                             (quick)"
+	@echo "    PROTOCOL  val, full or test-selected                    (val)"
+	@echo "    DATASET   auto, cifar10 or shapes, the stand-in         (auto)"
+	@echo "    SEED      any whole number                              (0)"
+	@echo "    DEVICE    auto, cpu, cuda or mps                        (auto)"
+	@echo "    RUN       the run directory                             (runs/RECIPE-PROTOCOL-seedSEED)"
+	@echo "    FORCE     1 replaces a finished run                     (0)"
+	@echo '    PARAMS    more parameters of the notebooks, e.g. PARAMS="-p epochs 5"'
+	@echo "    CIFAR10_ROOT  the folder that holds cifar-10-batches-py (./data)"
+
+env: $(VENV)/.ready ## build the environment in .venv (the other targets do it by themselves)
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or later is needed; name one, e.g. make PYTHON=python3.12"; exit 1; }
+	@echo "Building the environment in $(VENV): once, some minutes, about 5 GB with PyTorch."
+	$(PYTHON) -m venv "$(VENV)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	@touch "$@"
+
+run-notebook: env ## run stats, training and analysis into one run directory
+	@$(PY) run_notebook.py $(NB) $(SETTINGS)
+
+stats: env ## the data: counts, channel statistics, samples, augmentations
+	@$(PY) run_notebook.py stats $(SETTINGS)
+
+train: env ## train a network (interrupted, the same command goes on)
+	@$(PY) run_notebook.py training $(SETTINGS)
+
+analysis: env ## look at a finished run (RUN=...)
+	@$(PY) run_notebook.py analysis $(SETTINGS)
+
+tour: env ## the guided tour, headless: the whole workflow in one notebook
+	@$(PY) run_notebook.py tuning_CNN_CIFAR10 $(SETTINGS)
+
+lab: env ## open the notebooks in JupyterLab
+	$(PY) -m jupyter lab --notebook-dir . notebooks/tuning_CNN_CIFAR10.ipynb
+
+predict: env ## classify a picture: make predict IMAGE=cat.jpg
+	@test -n "$(IMAGE)" || { echo "error: name a picture, e.g. make predict IMAGE=cat.jpg"; exit 2; }
+	@$(PY) -m tiny_cifar10_net "$(IMAGE)" $(if $(RUN),--run "$(RUN)")
+
+test: env ## all tests: the modules, then every notebook under nbval
+	@$(PY) -m pytest
+
+test-fast: env ## the tests without the notebooks
+	@$(PY) -m pytest --ignore tests/test_notebooks.py
+
+lint: env ## style and common mistakes
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+clean: ## remove the environment and caches; runs/ and data/ stay
+	rm -rf "$(VENV)" *.egg-info .pytest_cache .ruff_cache __pycache__ */__pycache__ */.ipynb_checkpoints
