@@ -1,0 +1,28 @@
+"""What several test files share."""
+
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["TQDM_DISABLE"] = "1"
+# One thread: on a shared machine two that wait for each other are many times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+import cifar10
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A handful of stand-in pictures: enough to run everything, too few to learn from."""
+    return cifar10.load("shapes", limit=200)
+
+
+@pytest.fixture(scope="session")
+def real():
+    """CIFAR-10 itself, where it can be found; tests on it are skipped where it can't."""
+    root = cifar10.ROOT / os.environ.get("CIFAR10_ROOT", "data")
+    if not (root / "cifar-10-batches-py").is_dir():
+        pytest.skip("CIFAR-10 isn't here (CIFAR10_ROOT or ./data)")
+    return cifar10.load("cifar10")

@@ -1,0 +1,275 @@
+"""The network: what design and the reference say of it, counted and measured independently."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny_cifar10_net
+from tiny_cifar10_net import (
+    NetCIFAR10_Tiny,
+    layer_costs,
+    load_pretrained,
+    load_weights,
+    predict,
+    receptive_field,
+)
+
+CLASSES = tuple("abcdefghij")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = NetCIFAR10_Tiny().eval()
+    net.classes, net.mean, net.std = CLASSES, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    return net
+
+
+@pytest.fixture
+def run_dir(tmp_path, model):
+    config = {"classes": CLASSES, "mean": model.mean, "std": model.std, "model": {"width": 1.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), tmp_path / "best.pt")
+    return tmp_path
+
+
+# --------------------------------------------------------------------------------- architecture
+
+
+def test_parameters_and_multiply_adds_are_the_published_ones(model):
+    rows = layer_costs(model)
+    assert sum(p.numel() for p in model.parameters()) == 36_170
+    assert sum(row.params for row in rows) == 36_170
+    assert sum(row.macs for row in rows) == 17_330_816
+
+
+def test_multiply_adds_agree_with_torchs_own_counter(model):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    assert counter.get_total_flops() == 2 * sum(row.macs for row in layer_costs(model))
+
+
+def test_state_dict_names_are_the_references():
+    keys = [k for k in NetCIFAR10_Tiny().state_dict() if k.endswith(("weight", "head.bias"))]
+    plain = [f"c1.{i}.{j}.weight" for i in (0, 1) for j in (0, 1)]
+    separable = [
+        f"{stage}.{i}.{part}.weight"
+        for stage, count in (("c2", 2), ("c3", 2), ("c4", 5))
+        for i in range(count)
+        for part in ("dw", "bn_dw", "pw", "bn_pw")
+    ]
+    assert keys == [*plain, *separable, "head.weight", "head.bias"]
+
+
+def test_stage_shapes(model):
+    shapes, x = [], torch.zeros(2, 3, 32, 32)
+    for stage in (model.c1, model.c2, model.c3, model.c4, model.gap):
+        x = stage(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(24, 32, 32), (36, 32, 32), (48, 32, 32), (64, 16, 16), (64, 1, 1)]
+
+
+def test_outputs_are_log_probabilities(model):
+    out = model(torch.randn(4, 3, 32, 32))
+    assert out.shape == (4, 10)
+    torch.testing.assert_close(out.exp().sum(dim=1), torch.ones(4))
+
+
+def test_receptive_field_ends_at_45(model):
+    fields = [row.field for row in receptive_field(model) if row.kernel == 3]
+    assert fields == [3, 5, 7, 11, 13, 15, 17, 25, 37, 41, 45]
+    assert receptive_field(model)[-1].field == 45
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 45), ({"dilated": False}, 31)])
+def test_receptive_field_as_the_gradient_sees_it(options, expected):
+    """All weights positive: no path cancels, so the gradient is non-zero just where it may be."""
+    net = NetCIFAR10_Tiny(**options).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(0.1)
+    x = torch.rand(1, 3, 96, 96, requires_grad=True)
+    features = net.c4(net.c3(net.c2(net.c1(x))))
+    features[0, :, 24, 24].sum().backward()
+    seen = x.grad.abs().sum(dim=(0, 1)) > 0
+    assert seen.any(dim=0).sum() == seen.any(dim=1).sum() == expected
+    assert receptive_field(net)[-1].field == expected
+
+
+def test_options_change_what_they_say():
+    plain = sum(p.numel() for p in NetCIFAR10_Tiny(dilated=False).parameters())
+    assert plain == 36_170, "dilation costs no parameters"
+    standard = NetCIFAR10_Tiny(separable=False)
+    assert standard.c2[0][0].weight.shape == (36, 24, 3, 3)
+    wide = NetCIFAR10_Tiny(width=2.0)
+    assert wide.c4[0].pw.out_channels == 128
+    assert NetCIFAR10_Tiny(num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_looking_at_a_network_leaves_it_alone(model):
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    layer_costs(model), receptive_field(model)
+    assert model.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: NetCIFAR10_Tiny(width=0), ValueError, "width must be"),
+        (lambda: NetCIFAR10_Tiny(width="1"), ValueError, "width must be"),
+        (lambda: NetCIFAR10_Tiny(num_classes=0), ValueError, "num_classes must be"),
+        (lambda: NetCIFAR10_Tiny()(torch.zeros(2, 1, 32, 32)), ValueError, r"\(2, 1, 32, 32\)"),
+        (lambda: NetCIFAR10_Tiny()(torch.zeros(3, 32, 32)), ValueError, r"\(3, 32, 32\)"),
+        (
+            lambda: NetCIFAR10_Tiny()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
+            TypeError,
+            "uint8",
+        ),
+    ],
+)
+def test_wrong_options_and_inputs_are_named(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+# -------------------------------------------------------------------------------------- weights
+
+
+def test_a_run_directory_loads(run_dir, model):
+    loaded = load_pretrained(run_dir)
+    assert not loaded.training
+    assert (loaded.classes, loaded.mean, loaded.std) == (CLASSES, model.mean, model.std)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_an_unknown_run_is_named():
+    with pytest.raises(FileNotFoundError, match="no run at 'nowhere'"):
+        load_pretrained("nowhere")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [Malicious(), {"a": Malicious()}, {"c1.0.0.weight": 3}, [1, 2], torch.zeros(3)],
+    ids=["code", "code inside", "a number inside", "a list", "a bare tensor"],
+)
+def test_anything_but_tensors_is_refused(tmp_path, content, capsys):
+    torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="is refused"):
+        load_weights(tmp_path / "bad.pt", NetCIFAR10_Tiny())
+    assert "must never run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"not a weights file", pickle.dumps(Malicious(), protocol=2)],
+    ids=["empty", "text", "a pickle with code"],
+)
+def test_files_of_another_kind_are_refused(tmp_path, raw, capsys):
+    (tmp_path / "bad.pt").write_bytes(raw)
+    with pytest.raises(ValueError, match="is refused"):
+        load_weights(tmp_path / "bad.pt", NetCIFAR10_Tiny())
+    assert "must never run" not in capsys.readouterr().out
+
+
+def test_weights_of_another_network_are_refused(tmp_path, model):
+    torch.save(NetCIFAR10_Tiny(width=2.0).state_dict(), tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match="do not fit"):
+        load_weights(tmp_path / "wide.pt", model)
+
+
+# ------------------------------------------------------------------------------------ prediction
+
+
+def by_hand(model, pixels):
+    x = (torch.tensor(pixels).permute(2, 0, 1)[None] / 255.0).float()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.mean, model.std))
+    with torch.no_grad():
+        return torch.softmax(model((x - mean) / std)[0], dim=0)
+
+
+def test_predict_is_the_network_on_the_normalised_picture(model):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    expected = by_hand(model, pixels)
+    answer = predict(pixels, model, top=10)
+    assert [p for _, p in answer] == sorted((p for _, p in answer), reverse=True)
+    for name, p in answer:
+        assert p == pytest.approx(expected[CLASSES.index(name)].item(), abs=1e-5)
+
+
+def test_predict_takes_a_path_a_picture_an_array_and_a_tensor_alike(model, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a picture.png")
+    expected = predict(pixels, model)
+    for image in (
+        tmp_path / "a picture.png",
+        str(tmp_path / "a picture.png"),
+        Image.fromarray(pixels),
+        torch.from_numpy(pixels),
+    ):
+        assert predict(image, model) == expected
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3), (400, 300, 3), (20, 90), (64, 64, 1), (33, 33, 4)])
+def test_predict_takes_any_size_and_kind(model, shape):
+    answer = predict(np.full(shape, 200, dtype=np.uint8), model, top=3)
+    assert len(answer) == 3
+    assert 0 < sum(p for _, p in answer) <= 1 + 1e-6
+
+
+def test_predict_leaves_the_network_in_its_mode(model):
+    model.train()
+    before = model.state_dict()["c1.0.1.running_mean"].clone()
+    predict(np.zeros((32, 32, 3), dtype=np.uint8), model)
+    assert model.training
+    assert torch.equal(before, model.state_dict()["c1.0.1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (np.zeros((3, 32, 32), dtype=np.uint8), r"uint8 of shape \(3, 32, 32\)"),
+        (np.zeros((32, 32, 3)), r"float64 of shape \(32, 32, 3\)"),
+        (torch.zeros(1, 3, 32, 32), r"float32 of shape \(1, 3, 32, 32\)"),
+        (np.zeros((0, 32, 3), dtype=np.uint8), r"\(0, 32, 3\)"),
+        (42, "got int"),
+    ],
+)
+def test_predict_says_what_came_and_what_it_takes(model, image, says):
+    with pytest.raises(ValueError, match=says):
+        predict(image, model)
+
+
+def test_unreadable_pictures_are_named(model, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(ValueError, match=r"broken\.png can't be read as a picture"):
+        predict(tmp_path / "broken.png", model)
+    with pytest.raises(FileNotFoundError, match="no picture at"):
+        predict(tmp_path / "absent.png", model)
+
+
+def test_predict_needs_to_know_how_inputs_were_normalised():
+    with pytest.raises(ValueError, match="doesn't know its classes"):
+        predict(np.zeros((32, 32, 3), dtype=np.uint8), NetCIFAR10_Tiny())
+
+
+def test_the_command_line_prints_classes_and_errors(run_dir, capsys):
+    Image.new("RGB", (50, 40), "red").save(run_dir / "red.png")
+    tiny_cifar10_net.main([str(run_dir / "red.png"), "--run", str(run_dir), "--top", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].split()[1] in CLASSES
+    with pytest.raises(SystemExit, match="error: no picture at"):
+        tiny_cifar10_net.main(["absent.png", "--run", str(run_dir)])
