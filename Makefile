@@ -20,6 +20,8 @@ IMAGE ?=
 
 # albumentations otherwise asks the package index for news at every import.
 export NO_ALBUMENTATIONS_UPDATE := 1
+# Threads that wait should sleep, not spin: on a machine with anything else to do, many times faster.
+export OMP_WAIT_POLICY ?= passive
 
 SETTINGS = --recipe "$(RECIPE)" --protocol "$(PROTOCOL)" --dataset "$(DATASET)" --seed "$(SEED)" \
 	--device "$(DEVICE)" --force "$(FORCE)" --run "$(RUN)" $(PARAMS)

@@ -5,8 +5,8 @@ import os
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["TQDM_DISABLE"] = "1"
-# One thread: on a shared machine two that wait for each other are many times slower than one.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait should sleep: on a shared machine spinning ones are many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 

@@ -1,0 +1,120 @@
+"""The files of a run: who may write them, and how nothing half-written is ever read.
+
+config.json    everything that decides the outcome, and where it was computed
+history.csv    one row an epoch
+last.pt        all that is needed to go on from here
+best.pt        the weights of the selected epoch: a plain state_dict
+metrics.json   written once, at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["FILES", "IDENTITY", "RunError", "claim", "write", "write_json"]
+
+FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
+
+# What must be the same for a run to go on; the rest of config.json only describes.
+IDENTITY = ("recipe", "seed", "protocol", "dataset", "limit", "data_sha256")
+
+
+class RunError(RuntimeError):
+    """A run that can't start or go on; the message says what to do, and nothing was lost."""
+
+
+@contextmanager
+def claim(run_dir: Path, config: dict, force: bool):
+    """The run directory, ready to train in, and nobody else's while we do."""
+    _make_folder(run_dir)
+    with _locked(run_dir):
+        if force:
+            for name in FILES:
+                (run_dir / name).unlink(missing_ok=True)
+        _refuse_another_run(run_dir, config)
+        if not (run_dir / "config.json").is_file():
+            write_json(run_dir / "config.json", config)
+        yield
+
+
+def _refuse_another_run(run_dir: Path, config: dict) -> None:
+    if (run_dir / "metrics.json").is_file():
+        raise RunError(
+            f"the run in {run_dir} is finished, and kept: to replace it say FORCE=1 (force=True), "
+            "to keep both give another name (RUN=..., run_dir=...)"
+        )
+    there = run_dir / "config.json"
+    if not there.is_file():
+        return
+    old = json.loads(there.read_text())
+    differences = _differences({k: old.get(k) for k in IDENTITY}, {k: config[k] for k in IDENTITY})
+    if differences:
+        raise RunError(
+            f"{run_dir} holds an unfinished run that differs: {'; '.join(differences)}. "
+            "Nothing was touched: give the same settings to go on, another name, "
+            "or FORCE=1 to replace it"
+        )
+
+
+def _differences(old, new, name="") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if old == new else [f"{name} is {old!r} there and {new!r} now"]
+
+
+@contextmanager
+def _locked(run_dir: Path):
+    """Keep a second process off this run. The lock dies with its process, kill -9 included."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no such lock, nothing lost but the warning
+        yield
+        return
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"{run_dir} is being trained by another process: wait for it or give another name"
+            ) from error
+        yield
+
+
+def _make_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, not a run directory: give another name")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"can't make the run directory {path}: {error.strerror}; name one that can be written"
+        ) from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write all of it or nothing: under a temporary name, synced, then renamed into place."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"can't write {path}: {error.strerror}; the run is intact up to its last finished "
+            "epoch: make room, then the same command goes on"
+        ) from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    write(path, (json.dumps(value, indent=2) + "\n").encode())

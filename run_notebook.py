@@ -1,0 +1,179 @@
+"""Run notebooks headless, in order, into one run directory.
+
+    python run_notebook.py stats training analysis --recipe quick --seed 1 -p epochs 5
+
+papermill does the work. Added to it: parameter names are checked (papermill only warns of a wrong
+one), a failed notebook never replaces a good one, and progress is drawn on the terminal, not in
+the saved notebook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+NOTEBOOKS = ROOT / "notebooks"
+LONGEST = 15  # lines that a cell may print on the terminal; more is a table, for the notebook
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _arguments(argv)
+    try:
+        run_notebooks(args.notebooks, _run_dir(args), _settings(args), dict(args.parameters))
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on from the last finished epoch")
+
+
+def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) -> None:
+    """Execute notebooks/<name>.ipynb for each name, the executed copies going into `run_dir`.
+
+    Args:
+        settings: parameters that each notebook takes if it has them.
+        extra: parameters that at least one of the notebooks must have.
+
+    Raises:
+        ValueError: no such notebook or parameter; the message lists the valid names.
+        RuntimeError: a cell failed; the message is that of its error.
+    """
+    declared = {name: _declared_parameters(name) for name in names}
+    unknown = sorted(extra.keys() - set().union(*declared.values()))
+    if unknown:
+        valid = ", ".join(sorted(set().union(*declared.values())))
+        raise ValueError(f"no parameter {unknown[0]!r} in {', '.join(names)}; valid: {valid}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # A run inside the repository is named from its root, so that notebooks can be moved and shared.
+    shown = run_dir.relative_to(ROOT) if run_dir.is_relative_to(ROOT) else run_dir
+    given = {**settings, "run_dir": str(shown), **extra}
+    _draw_progress_on_the_terminal()
+    for name in names:
+        _say(f"notebooks/{name}.ipynb -> {shown}/{name}.ipynb")
+        _execute(name, run_dir, {k: v for k, v in given.items() if k in declared[name]})
+
+
+def _execute(name: str, run_dir: Path, parameters: dict) -> None:
+    import papermill
+
+    finished = run_dir / f"{name}.ipynb"
+    running = run_dir / f"{name}.running.ipynb"
+    try:
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{name}.ipynb",
+            running,
+            parameters,
+            kernel_name="python3",
+            cwd=ROOT,
+            progress_bar=False,
+            log_output=True,
+            extra_arguments=["--log-level=40"],  # the kernel's own: errors only
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from error
+        raise RuntimeError(f"{error.evalue} [{error.ename}; see {running.name}]") from error
+    os.replace(running, finished)
+
+
+def _declared_parameters(name: str) -> set[str]:
+    import papermill
+
+    file = NOTEBOOKS / f"{name}.ipynb"
+    if not file.is_file():
+        valid = ", ".join(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
+        raise ValueError(f"no notebook {name!r}; valid: {valid}")
+    return set(papermill.inspect_notebook(file))
+
+
+def _draw_progress_on_the_terminal() -> None:
+    """Bars go to the terminal, if there is one; what cells print is passed on as it comes."""
+    on_terminal = sys.stderr.isatty()
+    if on_terminal and hasattr(os, "ttyname"):
+        os.environ.setdefault("PROGRESS_TTY", os.ttyname(sys.stderr.fileno()))
+    else:
+        os.environ["TQDM_DISABLE"] = "1"
+    warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
+    log = logging.getLogger("papermill")
+    handler = logging.StreamHandler(sys.stdout)
+    # "\r\033[J": wipe a bar that is being drawn on the line, before printing there.
+    handler.setFormatter(logging.Formatter(("\r\033[J" if on_terminal else "") + "  %(message)s"))
+    handler.addFilter(_is_output)
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+
+
+def _is_output(record: logging.LogRecord) -> bool:
+    """What cells print, but for long tables, papermill's own chatter and the reprs of figures."""
+    text = record.getMessage()
+    if text.count("\n") > LONGEST:
+        return False
+    chatter = ("Executing", "Ending", "Input Notebook", "Output Notebook", "Working directory")
+    record.msg, record.args = text.rstrip().replace("\n", "\n  "), ()
+    return bool(text.strip()) and not text.startswith((*chatter, "<Figure", "<IPython"))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------- arguments
+
+
+def _arguments(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", default=["stats", "training", "analysis"])
+    parser.add_argument("--run", default="", help="the run directory")
+    parser.add_argument("--recipe", default="quick")
+    parser.add_argument("--protocol", default="val")
+    parser.add_argument("--dataset", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=_literal, default=0)
+    parser.add_argument("--force", type=_literal, default=0)
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        action="append",
+        nargs=2,
+        metavar=("NAME", "VALUE"),
+        default=[],
+        help="a parameter of the notebooks, as papermill takes it",
+    )
+    args = parser.parse_args(argv)
+    args.parameters = [(name, _literal(value)) for name, value in args.parameters]
+    return args
+
+
+def _literal(text: str):
+    """Numbers, True, False, None and lists as themselves (true and false too); else the text."""
+    named = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _settings(args) -> dict:
+    return {
+        "recipe": args.recipe,
+        "protocol": args.protocol,
+        "dataset": args.dataset,
+        "device": args.device,
+        "seed": args.seed,
+        "force": bool(args.force),
+    }
+
+
+def _run_dir(args) -> Path:
+    return ROOT / (args.run or f"runs/{args.recipe}-{args.protocol}-seed{args.seed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Interrupted at any point, a run goes on to the same numbers, and nothing is ever lost."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_training import SMALL, assert_same_outcome, history
+
+import run_directory
+import training
+from run_directory import RunError
+from training import get_recipe, train
+
+SIX_EPOCHS = get_recipe(SMALL, epochs=6, ema=0.9, policy="reference", name="six")
+
+IN_A_PROCESS = """
+import sys, cifar10
+from test_resuming import SIX_EPOCHS
+from training import train
+train(SIX_EPOCHS, sys.argv[1], dataset=cifar10.load("shapes", limit=200))
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(SIX_EPOCHS, folder, dataset=tiny, progress=False)
+    return folder
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
+def start(folder):
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    return subprocess.Popen([sys.executable, "-c", IN_A_PROCESS, str(folder)], env=env)
+
+
+def epochs_done(folder):
+    return len(history(folder)) if (folder / "history.csv").is_file() else 0
+
+
+def test_killed_three_times_at_random_moments_it_ends_the_same(whole, tmp_path):
+    folder, moments = tmp_path / "run", random.Random(0)
+    for after in (1, 2, 4):
+        process = start(folder)
+        deadline = time.monotonic() + 120
+        while epochs_done(folder) < after and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was to be killed, not to finish or fail"
+    assert start(folder).wait() == 0
+    assert_same_outcome(whole, folder)
+
+
+def stop_at(monkeypatch, step_to_stop_at, error):
+    """Raise `error` in the midst of training, after that many steps."""
+    steps, step = [], training._Run._step
+
+    def failing(run, *batch):
+        steps.append(1)
+        if len(steps) == step_to_stop_at:
+            raise error
+        return step(run, *batch)
+
+    monkeypatch.setattr(training._Run, "_step", failing)
+
+
+def test_ctrl_c_keeps_the_finished_epochs(tiny, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15, KeyboardInterrupt)  # six steps an epoch: in the third
+        with pytest.raises(KeyboardInterrupt):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny)
+    assert "the same command goes on" in capsys.readouterr().out
+    assert history(tmp_path / "run") == history(whole)[:2]
+    train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    assert_same_outcome(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine", "constant"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_schedule_and_optimizer_resumes(tiny, tmp_path, monkeypatch, schedule, optimizer):
+    recipe = get_recipe(
+        SMALL, epochs=2, lr=0.01, schedule=schedule, optimizer=optimizer, name="variant"
+    )
+    train(recipe, tmp_path / "whole", dataset=tiny, progress=False)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run", dataset=tiny, progress=False)
+    train(recipe, tmp_path / "run", dataset=tiny, progress=False)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["last.pt", "history.csv", "best.pt", "metrics.json"])
+def test_a_full_disk_at_any_file_loses_nothing(tiny, whole, tmp_path, monkeypatch, file):
+    """The disk fills while the file is written for the last time."""
+    replace, seen = os.replace, []
+
+    def full(source, target):
+        if os.path.basename(target) == file:
+            seen.append(target)
+            if file == "metrics.json" or len(seen) == 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory.os, "replace", full)
+        with pytest.raises(OSError, match=f"can't write .*{file}: No space left on device; the run"):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    assert_same_outcome(whole, tmp_path / "run")
+
+
+def test_what_is_half_written_is_never_read(tiny, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    for name in run_directory.FILES:
+        (tmp_path / "run" / f"{name}.tmp").write_bytes(b"half of")
+    (tmp_path / "run" / "history.csv").unlink()  # killed between last.pt and what follows from it
+    train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    assert_same_outcome(whole, tmp_path / "run")
+
+
+def test_nan_stops_at_that_step_with_the_checkpoint_intact(tiny, whole, tmp_path, monkeypatch):
+    steps, loss = [], training._loss
+
+    def poisoned(*arguments):
+        steps.append(1)
+        return loss(*arguments) * (float("nan") if len(steps) == 15 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_loss", poisoned)
+        with pytest.raises(RunError, match=r"the loss at step 3 of epoch 3 is nan.*lower lr"):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    assert len(steps) == 15
+    weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in weights.values())
+    train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    assert_same_outcome(whole, tmp_path / "run")
+
+
+def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path):
+    before = contents(whole)
+    with pytest.raises(RunError, match="finished, and kept: .*FORCE=1.*another name"):
+        train(SIX_EPOCHS, whole, dataset=tiny, progress=False)
+    assert contents(whole) == before
+    other = get_recipe(SMALL, epochs=1)
+    train(SIX_EPOCHS, tmp_path / "r", dataset=tiny, progress=False)
+    metrics = train(other, tmp_path / "r", dataset=tiny, force=True, progress=False)
+    assert metrics["epochs_run"] == 1
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["recipe"]["epochs"] == 1
+
+
+def test_an_unfinished_run_of_another_kind_is_shown_and_left_alone(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    before = contents(tmp_path / "run")
+    other = get_recipe(SIX_EPOCHS, lr=0.01, name="six")
+    with pytest.raises(RunError, match=r"recipe\.lr is 0\.05 there and 0\.01 now; seed is 0 there"):
+        train(other, tmp_path / "run", seed=1, dataset=tiny, progress=False)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_folder_that_cant_be_written_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="is a file, not a run directory"):
+        train(SMALL, tmp_path / "file", dataset=tiny, progress=False)
+    with pytest.raises(OSError, match="can't make the run directory"):
+        train(SMALL, tmp_path / "file" / "below", dataset=tiny, progress=False)

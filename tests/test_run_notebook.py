@@ -1,0 +1,66 @@
+"""Running notebooks headless: names are checked, errors are short, good notebooks are kept."""
+
+import nbformat
+import pytest
+
+import run_notebook
+from run_notebook import _literal, run_notebooks
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """Two small notebooks in place of the project's own."""
+    monkeypatch.setattr(run_notebook, "NOTEBOOKS", tmp_path)
+    for name, source in {"count": "print('counted', n)", "divide": "1 / n"}.items():
+        parameters = nbformat.v4.new_code_cell("n = 1  # a number\nrun_dir = None")
+        parameters.metadata["tags"] = ["parameters"]
+        cells = [parameters, nbformat.v4.new_code_cell(source)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    return tmp_path
+
+
+def test_parameters_reach_the_notebook_and_prints_the_terminal(notebooks, tmp_path, capsys):
+    run_notebooks(["count"], tmp_path / "a run", {"n": 2, "recipe": "not its own"}, {"n": 7})
+    assert "counted 7" in capsys.readouterr().out
+    assert "counted 7" in (tmp_path / "a run" / "count.ipynb").read_text()
+
+
+def test_an_unknown_parameter_stops_before_anything_runs(notebooks, tmp_path):
+    with pytest.raises(ValueError, match=r"no parameter 'm' in count, divide; valid: n, run_dir"):
+        run_notebooks(["count", "divide"], tmp_path / "run", {}, {"m": 7})
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_notebook_lists_the_valid_names(notebooks, tmp_path):
+    with pytest.raises(ValueError, match="no notebook 'cuont'; valid: count, divide"):
+        run_notebooks(["cuont"], tmp_path / "run", {}, {})
+
+
+def test_a_failed_notebook_says_why_and_keeps_the_good_one(notebooks, tmp_path):
+    run_notebooks(["divide"], tmp_path / "run", {}, {})
+    good = (tmp_path / "run" / "divide.ipynb").read_bytes()
+    with pytest.raises(RuntimeError, match="division by zero .ZeroDivisionError; see divide.runn"):
+        run_notebooks(["divide"], tmp_path / "run", {}, {"n": 0})
+    assert (tmp_path / "run" / "divide.ipynb").read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5", 5),
+        ("1e-3", 1e-3),
+        ("False", False),
+        ("false", False),
+        ("None", None),
+        ("one_cycle", "one_cycle"),
+        ("['none', 'light']", ["none", "light"]),
+    ],
+)
+def test_values_are_what_they_look_like(text, value):
+    assert _literal(text) == value
+
+
+def test_the_command_line_ends_with_one_sentence(tmp_path):
+    arguments = ["training", "--run", str(tmp_path / "run"), "-p", "epoch", "1"]
+    with pytest.raises(SystemExit, match=r"^error: no parameter 'epoch' in training; valid: .*epochs"):
+        run_notebook.main(arguments)

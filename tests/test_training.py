@@ -1,0 +1,376 @@
+"""Recipes, protocols and the training loop, against plain PyTorch written out by hand."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import augment
+import cifar10
+import training
+from run_directory import RunError
+from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
+from training import RECIPES, Recipe, get_recipe, log_probabilities, train
+
+SMALL = Recipe("small", epochs=3, batch_size=32, lr=0.05, schedule="one_cycle", policy="light")
+
+
+def history(folder):
+    """history.csv as numbers, without the times."""
+    with open(folder / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: float(v) for k, v in row.items() if k != "seconds" and v} for row in rows]
+
+
+def outcome(folder):
+    """All that must repeat: the curves, the metrics but for times and code, the weights."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ("name", "seconds_train", "images_per_second", "git_commit"):
+        del metrics[name]
+    return history(folder), metrics, torch.load(folder / "best.pt", weights_only=True)
+
+
+def assert_same_outcome(one, other):
+    (rows, metrics, weights), (rows2, metrics2, weights2) = outcome(one), outcome(other)
+    assert rows == rows2
+    assert metrics == metrics2
+    assert all(torch.equal(weights[k], weights2[k]) for k in weights)
+
+
+# --------------------------------------------------------------------------------------- recipes
+
+
+def test_baseline_is_the_published_recipe():
+    r = RECIPES["baseline"]
+    assert (r.epochs, r.batch_size, r.policy) == (50, 128, "reference")
+    assert (r.optimizer, r.lr, r.momentum, r.weight_decay, r.decay_all) == (
+        "sgd", 0.045, 0.9, 5e-4, True,
+    )  # fmt: skip
+    assert (r.schedule, r.plateau_factor, r.plateau_patience) == ("plateau", 0.1, 2)
+    assert (r.stop_patience, r.min_delta, r.label_smoothing, r.ema) == (6, 1e-4, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("epochs", 0, "epochs must be a whole number from 1"),
+        ("epochs", 2.5, "epochs must be a whole number"),
+        ("epochs", True, "epochs must be a whole number"),
+        ("batch_size", 0, "batch_size must be a whole number from 1"),
+        ("lr", -0.1, "lr must be a number from"),
+        ("lr", "0.1", "lr must be a number from .* got '0.1'"),
+        ("lr", math.nan, "lr must be a number"),
+        ("momentum", 1.0, "momentum must be"),
+        ("weight_decay", -1, "weight_decay must be"),
+        ("warmup", 1.0, "warmup must be"),
+        ("label_smoothing", 1.0, "label_smoothing must be"),
+        ("ema", 1.0, "ema must be a number from 0 to 0.99999 or None"),
+        ("stop_patience", 0, "stop_patience must be"),
+        ("dilated", "False", "dilated must be True or False"),
+        ("optimizer", "adam", "unknown optimizer 'adam'; valid: sgd, adamw"),
+        ("schedule", "step", "unknown schedule 'step'; valid: plateau, one_cycle"),
+        ("build", "numpy", "unknown build 'numpy'; valid: batched, albumentations, torchvision"),
+        ("policy", "strong", "(?i)unknown policy 'strong'.*none.*reference"),
+    ],
+)
+def test_a_field_out_of_range_is_named_with_its_range(field, value, says):
+    with pytest.raises(ValueError, match=says):
+        get_recipe("quick", **{field: value})
+
+
+def test_unknown_names_list_the_valid_ones(tiny, tmp_path):
+    with pytest.raises(ValueError, match="unknown recipe 'quik'; valid: baseline, quick"):
+        get_recipe("quik")
+    with pytest.raises(ValueError, match="unknown recipe field 'epoch'; valid: .*epochs"):
+        get_recipe("quick", epoch=3)
+    with pytest.raises(ValueError, match="unknown protocol 'test'; valid: val, full"):
+        train(SMALL, tmp_path / "r", protocol="test", dataset=tiny)
+    with pytest.raises(cifar10.DataError, match=r"cifar100.*shapes"):
+        train(SMALL, tmp_path / "r", dataset="cifar100")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"seed": "1"}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"workers": -1}, "workers must be"),
+        ({"device": "gpu"}, "unknown device 'gpu'; valid: auto, cpu"),
+        ({"recipe": get_recipe(SMALL, batch_size=181)}, "batch_size .* from 1 to 180, the number"),
+        ({"recipe": "baseline", "protocol": "full"}, "plateau"),
+    ],
+)
+def test_arguments_out_of_range_stop_before_anything_is_written(tiny, tmp_path, arguments, says):
+    arguments = {"recipe": SMALL, "dataset": tiny, **arguments}
+    with pytest.raises(ValueError, match=says):
+        train(run_dir=tmp_path / "r", **arguments)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_an_absent_gpu_is_refused_and_auto_goes_without(tiny, tmp_path):
+    with pytest.raises(ValueError, match="device 'cuda' isn't there; use device='auto'"):
+        train(SMALL, tmp_path / "r", dataset=tiny, device="cuda")
+    assert training.pick_device("auto").type in ("cpu", "mps")
+
+
+def test_a_changed_preset_does_not_pass_as_the_preset():
+    assert get_recipe("quick", epochs=None, lr=None) is not None
+    assert get_recipe("quick", epochs=RECIPES["quick"].epochs).name == "quick"
+    assert get_recipe("quick", epochs=9, lr=0.2).name == "quick-epochs=9,lr=0.2"
+
+
+# ------------------------------------------------------------------------- against plain PyTorch
+
+
+def test_the_loop_is_plain_sgd_written_out_by_hand(tiny, tmp_path):
+    """Nothing of training.py but the order of the pictures and the initial weights' seed.
+
+    At a low rate: at a high one the first steps double every rounding difference.
+    """
+    recipe = get_recipe(
+        SMALL, epochs=2, lr=1e-3, schedule="constant", policy="none", label_smoothing=0.1
+    )
+    train(recipe, tmp_path / "r", seed=3, protocol="full", dataset=tiny, progress=False)
+
+    torch.manual_seed(training._key(3))
+    net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, nesterov=True, weight_decay=5e-4)
+    x = torch.from_numpy(tiny.train_images).permute(0, 3, 1, 2) / 255
+    std, mean = torch.std_mean(x.double(), dim=(0, 2, 3), correction=0, keepdim=True)
+    x, y = ((x - mean) / std).float(), torch.from_numpy(tiny.train_labels)
+    losses = []
+    for epoch in (1, 2):
+        generator = torch.Generator().manual_seed(training._key(3, epoch))
+        total = 0.0
+        for index in torch.randperm(200, generator=generator).split(32):
+            batch = x[index].contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(net(batch), y[index], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(index)
+        losses.append(total / 200)
+
+    assert [row["train_loss"] for row in history(tmp_path / "r")] == pytest.approx(losses, rel=1e-4)
+    trained = torch.load(tmp_path / "r" / "best.pt", weights_only=True)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_weight_decay_spares_norms_and_biases_when_told():
+    net = NetCIFAR10_Tiny()
+    spared, everything = (
+        training._optimizer(get_recipe("baseline", decay_all=decay_all), net)
+        for decay_all in (False, True)
+    )
+    decayed, free = (g["params"] for g in spared.param_groups)
+    assert {p.ndim for p in decayed} == {4}
+    assert sum(p.numel() for p in free) == sum(p.numel() for p in net.parameters() if p.ndim == 1)
+    assert [g["weight_decay"] for g in spared.param_groups] == [5e-4, 0.0]
+    assert len(everything.param_groups) == 1
+
+
+def lr_curve(recipe, steps_per_epoch):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], recipe.lr)
+    schedule = training._schedule(recipe, optimizer, steps_per_epoch)
+    curve = []
+    for _ in range(recipe.epochs * steps_per_epoch):
+        curve.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return curve
+
+
+def test_cosine_rises_to_lr_and_falls_to_zero():
+    curve = lr_curve(get_recipe("quick", schedule="cosine", epochs=10, warmup=0.2, lr=0.4), 10)
+    assert max(curve) == pytest.approx(0.4)
+    assert curve.index(max(curve)) == 20
+    for t in (30, 60, 95):
+        expected = 0.4 * (1 + math.cos(math.pi * (t - 20) / 80)) / 2
+        assert curve[t] == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_cycle_peaks_where_told_and_ends_near_zero():
+    curve = lr_curve(get_recipe("quick", epochs=10, warmup=0.3, lr=0.4), 10)
+    assert max(curve) == pytest.approx(0.4)
+    assert curve.index(max(curve)) == 29
+    assert curve[-1] < 1e-4
+
+
+def test_plateau_drops_the_rate_and_stopping_restores_the_best(tiny, tmp_path, monkeypatch):
+    """Selection losses are dictated; what follows from them is counted by hand."""
+    dictated = [2.0, 1.5, 1.6, 1.6, 1.6, 1.49995, 1.6, 1.6, 1.6]
+    asked = []
+
+    def fake_evaluate(model, images, labels, stats):
+        asked.append({k: v.clone() for k, v in model.state_dict().items()})
+        return dictated[len(asked) - 1], 50.0
+
+    monkeypatch.setattr(training, "evaluate", fake_evaluate)
+    recipe = get_recipe("baseline", epochs=9, batch_size=64, policy="none")
+    metrics = train(recipe, tmp_path / "r", dataset=tiny, progress=False)
+    # Epoch 2 is the best; 6 is better by less than min_delta; 6 epochs later, at 8, it stops.
+    assert (metrics["epochs_run"], metrics["best_epoch"]) == (8, 2)
+    # torch's plateau has patience 2: after 3, 4, 5 without a better loss the rate drops.
+    rates = [row["lr"] for row in history(tmp_path / "r")]
+    assert rates == pytest.approx([0.045] * 5 + [0.0045] * 3)
+    best = torch.load(tmp_path / "r" / "best.pt", weights_only=True)
+    assert all(torch.equal(best[k], asked[1][k]) for k in best)
+
+
+def test_ema_is_the_average_it_claims(tiny, tmp_path, monkeypatch):
+    seen = []
+    step = training._Run._step
+
+    def spy(run, *batch):
+        out = step(run, *batch)
+        seen.append(run.model.head.weight.detach().clone())
+        return out
+
+    monkeypatch.setattr(training._Run, "_step", spy)
+    recipe = get_recipe(SMALL, epochs=1, ema=0.8)
+    train(recipe, tmp_path / "r", protocol="full", dataset=tiny, progress=False)
+    average = seen[0]
+    for weight in seen[1:]:
+        average = 0.8 * average + 0.2 * weight
+    kept = torch.load(tmp_path / "r" / "best.pt", weights_only=True)["head.weight"]
+    torch.testing.assert_close(kept, average)
+
+
+# ------------------------------------------------------------------------------------- protocols
+
+
+def test_protocols_differ_in_what_they_may_see(tiny, tmp_path, monkeypatch):
+    looked = []
+    look = training.log_probabilities
+
+    def spy(model, images, *args, **kwargs):
+        looked.append(len(images))
+        return look(model, images, *args, **kwargs)
+
+    monkeypatch.setattr(training, "log_probabilities", spy)
+    n_test = len(tiny.test_labels)
+
+    metrics = train(SMALL, tmp_path / "val", dataset=tiny, progress=False)
+    assert looked == [20, 20, 20, n_test, n_test], "test: once plain, once with flips, at the end"
+    config = json.loads((tmp_path / "val" / "config.json").read_text())
+    train_index, val_index = cifar10.split(tiny.train_labels)
+    assert config["split"] | {"seed": 0} == {
+        "train": len(train_index), "selection": len(val_index), "test": n_test, "seed": 0,
+    }  # fmt: skip
+    stats = cifar10.channel_stats(tiny.train_images[train_index])
+    assert config["mean"] == list(stats.mean), "statistics are of the pictures trained on"
+    losses = [row["val_loss"] for row in history(tmp_path / "val")]
+    assert metrics["best_epoch"] == 1 + losses.index(min(losses))
+
+    looked.clear()
+    metrics = train(SMALL, tmp_path / "full", protocol="full", dataset=tiny, progress=False)
+    assert looked == [n_test, n_test]
+    assert metrics["best_epoch"] == SMALL.epochs
+    assert metrics["val_acc"] is metrics["val_loss"] is None
+
+    metrics = train(SMALL, tmp_path / "ts", protocol="test-selected", dataset=tiny, progress=False)
+    assert metrics["test_loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
+
+
+def test_metrics_are_the_networks_own(tiny, tmp_path):
+    metrics = train(SMALL, tmp_path / "r", dataset=tiny, progress=False)
+    net = load_pretrained(tmp_path / "r")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (net.mean, net.std))
+    x = (torch.from_numpy(tiny.test_images).permute(0, 3, 1, 2) / 255 - mean) / std
+    y = torch.from_numpy(tiny.test_labels)
+    with torch.no_grad():
+        plain, mirrored = net(x), net(x.flip(3))
+    both = (plain.exp() + mirrored.exp()) / 2
+    assert metrics["test_acc"] == pytest.approx(100 * (plain.argmax(1) == y).float().mean().item())
+    assert metrics["test_acc_tta"] == pytest.approx(
+        100 * (both.argmax(1) == y).float().mean().item()
+    )
+    assert metrics["test_loss"] == pytest.approx(F.nll_loss(plain, y).item(), rel=1e-4)
+    wanted = (
+        "name recipe dataset protocol seed params macs epochs_run best_epoch train_acc val_acc "
+        "val_loss test_acc test_loss test_acc_tta seconds_train images_per_second device torch "
+        "git_commit"
+    )
+    assert set(wanted.split()) <= metrics.keys()
+    assert metrics["params"] == 36_170
+
+
+def test_evaluation_leaves_the_mode_and_the_weights(tiny):
+    net = NetCIFAR10_Tiny().train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    stats = cifar10.channel_stats(tiny.train_images)
+    log_p = log_probabilities(net, tiny.test_images, stats, batch_size=7)
+    assert net.training
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    torch.testing.assert_close(log_p, log_probabilities(net, tiny.test_images, stats))
+
+
+# ------------------------------------------------------------------------------------- repeating
+
+
+def test_same_seed_same_bits_and_another_seed_others(tiny, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(SMALL, tmp_path / name, seed=seed, dataset=tiny, progress=False)
+    assert_same_outcome(tmp_path / "a", tmp_path / "b")
+    assert history(tmp_path / "a") != history(tmp_path / "c")
+
+
+@pytest.mark.parametrize("build", ["albumentations", "torchvision"])
+def test_any_number_of_workers_gives_the_same_bits(tiny, tmp_path, build):
+    recipe = get_recipe(SMALL, epochs=2, build=build, policy="reference", name="workers")
+    for workers in (0, 1, 2):
+        folder = tmp_path / str(workers)
+        train(recipe, folder, dataset=tiny, workers=workers, progress=False)
+    assert_same_outcome(tmp_path / "0", tmp_path / "1")
+    assert_same_outcome(tmp_path / "0", tmp_path / "2")
+
+
+def test_training_leaves_the_callers_random_stream_alone(tiny, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(get_recipe(SMALL, epochs=1), tmp_path / "r", dataset=tiny, progress=False)
+    assert torch.equal(torch.rand(3), expected)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("build", augment.BUILDS)
+def test_every_build_trains(tiny, tmp_path, build):
+    recipe = get_recipe(SMALL, epochs=1, policy="reference", build=build)
+    metrics = train(recipe, tmp_path / "r", dataset=tiny, progress=False)
+    assert math.isfinite(metrics["val_loss"])
+
+
+def test_silent_when_told_and_a_line_an_epoch_otherwise(tiny, tmp_path, capsys):
+    train(SMALL, tmp_path / "a", dataset=tiny, progress=False)
+    assert capsys.readouterr() == ("", "")
+    train(SMALL, tmp_path / "b", dataset=tiny)
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines()] == ["1/3", "2/3", "3/3"]
+
+
+# -------------------------------------------------------------------------------- real CIFAR-10
+
+
+def test_it_learns_from_real_pictures(real, tmp_path):
+    """A few hundred steps must beat guessing by far; a wrong label or channel would not."""
+    data = cifar10.load("cifar10", limit=2000)
+    recipe = get_recipe("quick", epochs=3, batch_size=32)
+    metrics = train(recipe, tmp_path / "r", dataset=data, progress=False)
+    assert metrics["dataset"] == "cifar10"
+    assert metrics["test_acc"] > 22
+
+
+def test_a_run_cannot_be_trained_by_two(tiny, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "r").mkdir()
+    with open(tmp_path / "r" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="being trained by another process"):
+            train(SMALL, tmp_path / "r", dataset=tiny, progress=False)

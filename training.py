@@ -1,0 +1,804 @@
+"""A recipe in, a run directory out; resumable, and the same bits every time.
+
+    from training import train
+    metrics = train("quick", run_dir="runs/mine", seed=1)
+
+The run directory (see run_directory.py) is all that passes from training to analysis.
+
+Randomness is keyed by (seed, epoch, batch or sample), never by which worker came first, so a run
+in one go, a run killed and resumed, and a run with other loader workers end with the same numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import augment
+import cifar10
+from run_directory import RunError, claim, write, write_json
+from tiny_cifar10_net import NetCIFAR10_Tiny, layer_costs
+
+__all__ = [
+    "PROTOCOLS",
+    "RECIPES",
+    "Recipe",
+    "RunError",
+    "evaluate",
+    "get_recipe",
+    "log_probabilities",
+    "run_folder",
+    "train",
+]
+
+ROOT = Path(__file__).resolve().parent
+
+PROTOCOLS = {
+    "val": "a tenth of the training set (5,000 of CIFAR-10's 50,000) is held back as validation, and "
+    "everything is chosen on it",
+    "full": "the whole training set, fixed epochs, last weights; nothing is chosen",
+    "test-selected": "the whole training set; schedule, stopping and epoch are chosen ON TEST, "
+    "as the published reference did",
+}
+
+HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
+
+
+# --------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything that decides the outcome but for seed, data and protocol.
+
+    Raises:
+        ValueError: a field out of its range; the message names the field and the range.
+    """
+
+    name: str
+    epochs: int = 50
+    batch_size: int = 128
+
+    optimizer: str = "sgd"  # sgd (Nesterov) or adamw
+    lr: float = 0.045  # the highest the schedule reaches
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 5e-4
+    decay_all: bool = True  # False: no decay on BatchNorm and biases
+
+    schedule: str = "plateau"  # plateau, one_cycle, cosine or constant
+    warmup: float = 0.2  # one_cycle, cosine: share of all steps spent rising to lr
+    plateau_factor: float = 0.1
+    plateau_patience: int = 2  # epochs without a better selection loss before lr drops
+    stop_patience: int | None = 6  # epochs without one before training stops; None: never
+    min_delta: float = 1e-4  # what counts as better, in early stopping
+
+    label_smoothing: float = 0.0
+    ema: float | None = None  # decay of the weights' moving average, per step; None: no average
+
+    policy: str = "reference"  # a name in augment.POLICIES
+    build: str = "batched"  # who makes the batches: batched, albumentations or torchvision
+
+    dilated: bool = True  # the network's options, see NetCIFAR10_Tiny
+    separable: bool = True
+    width: float = 1.0
+
+    def __post_init__(self):
+        for name, (kind, low, high) in _RANGES.items():
+            _check_number(name, getattr(self, name), kind, low, high)
+        for name, (kind, low, high) in _OPTIONAL_RANGES.items():
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), kind, low, high, " or None")
+        for name in ("decay_all", "dilated", "separable"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        _check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
+        _check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
+        _check_choice("build", self.build, augment.BUILDS)
+        augment.get_policy(self.policy)
+
+    @property
+    def model_options(self) -> dict:
+        return {"dilated": self.dilated, "separable": self.separable, "width": self.width}
+
+
+_RANGES = {
+    "epochs": (int, 1, 10_000),
+    "batch_size": (int, 1, 50_000),
+    "lr": (float, 1e-8, 100),
+    "momentum": (float, 0, 0.9999),
+    "weight_decay": (float, 0, 1),
+    "warmup": (float, 0, 0.9),
+    "plateau_factor": (float, 1e-4, 0.99),
+    "plateau_patience": (int, 0, 10_000),
+    "min_delta": (float, 0, 1),
+    "label_smoothing": (float, 0, 0.9),
+    "width": (float, 0.05, 16),
+}
+_OPTIONAL_RANGES = {"stop_patience": (int, 1, 10_000), "ema": (float, 0, 0.99999)}
+
+
+def _check_number(name, value, kind, low, high, alternative=""):
+    """Refuse strings, bools, NaN and what lies outside [low, high], in one sentence."""
+    right_kind = isinstance(value, (int, float) if kind is float else int)
+    if not right_kind or isinstance(value, bool) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {what} from {low} to {high}{alternative}; got {value!r}")
+
+
+def _check_choice(name, value, valid):
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        # The published reference's, number for number.
+        Recipe("baseline"),
+        # The most in about ten minutes on two CPU cores: one cycle, small steps in memory as well
+        # as in time, and only as much augmentation as so few epochs can use.
+        Recipe(
+            "quick",
+            epochs=4,
+            batch_size=64,
+            lr=0.1,
+            decay_all=False,
+            schedule="one_cycle",
+            warmup=0.25,
+            stop_patience=None,
+            policy="light",
+        ),
+    )
+}
+
+
+def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
+    """A preset by name (or a Recipe as it is), with `changes` that aren't None applied.
+
+    A changed preset is called after its changes, e.g. `quick-epochs=2`, so that no table passes
+    it off as the preset.
+
+    Raises:
+        ValueError: unknown preset or field (the valid ones are listed), or a value out of range.
+    """
+    if not isinstance(recipe, Recipe):
+        _check_choice("recipe", recipe, tuple(RECIPES))
+        recipe = RECIPES[recipe]
+    valid = [f.name for f in fields(Recipe)]
+    for name in changes:
+        _check_choice("recipe field", name, valid)
+    changes = {k: v for k, v in changes.items() if v is not None}
+    changed = {k: v for k, v in changes.items() if v != getattr(recipe, k)}
+    if changed and "name" not in changes:
+        settings = ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
+        changed["name"] = f"{recipe.name}-{settings}"
+    return replace(recipe, **changed)
+
+
+# ------------------------------------------------------------------------------------------ train
+
+
+def train(
+    recipe: str | Recipe = "quick",
+    run_dir: str | Path | None = None,
+    *,
+    seed: int = 0,
+    protocol: str = "val",
+    dataset: str | cifar10.Data = "auto",
+    device: str = "auto",
+    workers: int = 0,
+    force: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Train `NetCIFAR10_Tiny` and write a run directory. Interrupted, the same call goes on.
+
+    Args:
+        recipe: a name in RECIPES, or a Recipe.
+        run_dir: the run directory; None: `run_folder(...)` under runs/.
+        seed: decides initial weights, order and augmentation; not the train/val split.
+        protocol: a name in PROTOCOLS.
+        dataset: a name for `cifar10.load`, or what it returned.
+        device: auto (CUDA, else MPS, else CPU), or a torch device name.
+        workers: loader processes for the per-sample builds; changes the speed, not the bits.
+        force: replace a run that is already there.
+        progress: draw bars and print a line an epoch; False is silent.
+
+    Returns:
+        What metrics.json holds. Accuracies are percentages.
+
+    Raises:
+        ValueError: bad input. RunError: the run directory is finished or holds another run, or
+        the loss is no longer finite. OSError: a file can't be written. In each case the run is
+        intact up to its last finished epoch.
+    """
+    recipe = get_recipe(recipe)
+    _check_choice("protocol", protocol, tuple(PROTOCOLS))
+    _check_number("seed", seed, int, 0, 2**32 - 1)
+    _check_number("workers", workers, int, 0, 64)
+    device = pick_device(device)
+    data = dataset if isinstance(dataset, cifar10.Data) else cifar10.load(dataset)
+    run_dir = run_folder(recipe, protocol, seed) if run_dir is None else Path(run_dir)
+
+    problem = _Problem(data, protocol)
+    if recipe.batch_size > len(problem.train_index):
+        raise ValueError(
+            f"batch_size must be a whole number from 1 to {len(problem.train_index)}, "
+            f"the number of training images; got {recipe.batch_size}"
+        )
+    if recipe.schedule == "plateau" and problem.selection is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} has a plateau schedule, which needs a loss to watch, and "
+            f"protocol {protocol!r} has none: set schedule to one_cycle, cosine or constant"
+        )
+    config = _config(recipe, seed, protocol, data, problem, device)
+    with claim(run_dir, config, force), _repeatable():
+        run = _Run(recipe, seed, problem, device, workers, run_dir, progress)
+        try:
+            run.fit()
+        except KeyboardInterrupt:
+            print(f"Interrupted: {run_dir} is intact; the same command goes on from there.")
+            raise
+        return run.finish(config)
+
+
+def run_folder(recipe: str | Recipe, protocol: str = "val", seed: int = 0) -> Path:
+    """Where a run goes unless told otherwise: runs/<recipe>-<protocol>-seed<seed>."""
+    return ROOT / "runs" / f"{get_recipe(recipe).name}-{protocol}-seed{seed}"
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA, else MPS, else the CPU; any other name must be there.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    here = {"cpu": True, "cuda": cuda, "mps": mps}
+    if device is None or device.type not in here:
+        raise ValueError(f"unknown device {name!r}; valid: auto, {', '.join(here)}")
+    too_high = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not here[device.type] or too_high:
+        raise ValueError(f"device {name!r} isn't there; use device='auto', which takes what is")
+    return device
+
+
+class _Problem:
+    """The data as a protocol sees it: what trains, what selects, what tests.
+
+    Indices, not copies: the pictures of CIFAR-10 take 180 MB, once.
+    """
+
+    def __init__(self, data: cifar10.Data, protocol: str):
+        self.protocol = protocol
+        self.data = data
+        self.train = (torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels))
+        self.test = (torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
+        if protocol == "val":
+            train_index, val_index = cifar10.split(data.train_labels)
+            self.stats = cifar10.channel_stats(data.train_images[train_index])
+            self.train_index = torch.from_numpy(train_index)
+            picked = torch.from_numpy(val_index)
+            self.selection = (self.train[0][picked], self.train[1][picked])
+        else:
+            self.stats = cifar10.channel_stats(data.train_images)
+            self.train_index = torch.arange(len(data.train_labels))
+            self.selection = self.test if protocol == "test-selected" else None
+
+
+class _Run:
+    """One training in progress. Its whole state between two epochs is what last.pt holds."""
+
+    def __init__(self, recipe, seed, problem, device, workers, run_dir, progress):
+        self.recipe, self.problem, self.device = recipe, problem, device
+        self.seed, self.run_dir, self.progress = seed, run_dir, progress
+        torch.manual_seed(_key(seed))
+        model = NetCIFAR10_Tiny(len(problem.data.classes), **recipe.model_options)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.feed = _feed(recipe, seed, problem, device, workers)
+        self.optimizer = _optimizer(recipe, self.model)
+        steps = math.ceil(len(problem.train_index) / recipe.batch_size)
+        self.schedule = _schedule(recipe, self.optimizer, steps)
+        self.ema = None
+        if recipe.ema is not None:
+            average = get_ema_multi_avg_fn(recipe.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.history: list[dict] = []
+        self.best_epoch, self.best_loss, self.best_weights = 0, math.inf, None
+        self._load()
+
+    @property
+    def answering(self) -> nn.Module:
+        """The network that is evaluated and kept: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def stopped(self) -> bool:
+        patience = self.recipe.stop_patience
+        waited = len(self.history) - self.best_epoch
+        early = self.problem.selection is not None and patience is not None and waited >= patience
+        return early or len(self.history) >= self.recipe.epochs
+
+    def fit(self) -> None:
+        with _bar(total=self.recipe.epochs, unit="epoch", on=self.progress) as bar:
+            bar.update(len(self.history))
+            while not self.stopped:
+                row = self._epoch(len(self.history) + 1)
+                self.history.append(row)
+                self._save()
+                if self.progress:
+                    bar.clear()
+                    print(_line(row, self.recipe.epochs), flush=True)
+                bar.update()
+
+    def _epoch(self, epoch: int) -> dict:
+        started = time.perf_counter()
+        train_loss, train_acc = self._train_pass(epoch)
+        lr = self.optimizer.param_groups[0]["lr"]
+        val_loss = val_acc = None
+        if self.problem.selection is not None:
+            val_loss, val_acc = evaluate(
+                self.answering, *self.problem.selection, self.problem.stats
+            )
+            self._require_finite(val_loss, f"the selection loss after epoch {epoch}")
+            if isinstance(self.schedule, ReduceLROnPlateau):
+                self.schedule.step(val_loss)
+        if val_loss is None or val_loss < self.best_loss - self.recipe.min_delta:
+            self.best_epoch, self.best_loss = epoch, math.inf if val_loss is None else val_loss
+            self.best_weights = _cpu_copy(self.answering)
+        seconds = time.perf_counter() - started
+        values = (epoch, lr, train_loss, train_acc, val_loss, val_acc, seconds)
+        return dict(zip(HISTORY_COLUMNS, values, strict=True))
+
+    def _train_pass(self, epoch: int) -> tuple[float, float]:
+        """One epoch of steps; the mean loss and accuracy over the pictures as they were fed."""
+        self.model.train()
+        torch.manual_seed(_key(self.seed, epoch))  # for whatever a network may draw by itself
+        # Sums stay on the device, where reading one means waiting for all that was queued; a sum
+        # that was ever NaN or infinite stays so, hence a GPU may be asked now and then.
+        loss_sum, hits = torch.zeros(2, device=self.device)
+        ask_every = 1 if self.device.type == "cpu" else 50
+        with _bar(total=len(self.feed), unit="batch", on=self.progress, leave=False) as bar:
+            for step, (images, labels) in enumerate(self.feed.epoch(epoch), start=1):
+                loss, output = self._step(images, labels)
+                loss_sum += loss * len(labels)
+                hits += (output.argmax(dim=1) == labels).sum()
+                if step % ask_every == 0 or step == len(self.feed):
+                    self._require_finite(
+                        loss_sum.item(), f"the loss at step {step} of epoch {epoch}"
+                    )
+                bar.update()
+        n = len(self.problem.train_index)
+        return loss_sum.item() / n, 100 * hits.item() / n
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(images)
+        loss = _loss(output, labels, self.recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return loss.detach(), output.detach()
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise RunError(
+                f"{what} is {value}: training stopped there, and {self.run_dir} is intact up to "
+                f"its last finished epoch; try another name with a lower lr "
+                f"(this recipe's is {self.recipe.lr})"
+            )
+
+    def _save(self) -> None:
+        """last.pt first: the one file a resumed run believes. The others follow from it."""
+        state = {
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "best": (self.best_epoch, self.best_loss, self.best_weights),
+            "next_epoch_key": _key(self.seed, len(self.history) + 1),
+        }
+        write(self.run_dir / "last.pt", _torch_bytes(state))
+        self._write_derived()
+
+    def _load(self) -> None:
+        file = self.run_dir / "last.pt"
+        if not file.is_file():
+            return
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        self.history = state["history"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.best_epoch, self.best_loss, self.best_weights = state["best"]
+        self._write_derived()  # the kill may have come between last.pt and these
+
+    def _write_derived(self) -> None:
+        text = io.StringIO()
+        table = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.history)
+        write(self.run_dir / "history.csv", text.getvalue().encode())
+        write(self.run_dir / "best.pt", _torch_bytes(self.best_weights))
+
+    def finish(self, config: dict) -> dict:
+        """Evaluate the selected weights on test, once, and write metrics.json."""
+        self.answering.load_state_dict(self.best_weights)
+        data, best = self.problem.data, self.history[self.best_epoch - 1]
+        log_p = log_probabilities(self.answering, self.problem.test[0], self.problem.stats)
+        log_p_tta = log_probabilities(
+            self.answering, self.problem.test[0], self.problem.stats, tta=True
+        )
+        labels = self.problem.test[1]
+        costs = layer_costs(self.answering)
+        seconds = sum(row["seconds"] for row in self.history)
+        metrics = {
+            "name": self.run_dir.name,
+            "recipe": self.recipe.name,
+            "dataset": data.name,
+            "limit": data.limit,
+            "protocol": self.problem.protocol,
+            "seed": self.seed,
+            "params": sum(row.params for row in costs),
+            "macs": sum(row.macs for row in costs),
+            "epochs_run": len(self.history),
+            "best_epoch": self.best_epoch,
+            "train_acc": best["train_acc"],
+            "val_acc": best["val_acc"],
+            "val_loss": best["val_loss"],
+            "test_acc": _accuracy(log_p, labels),
+            "test_loss": F.nll_loss(log_p, labels).item(),
+            "test_acc_tta": _accuracy(log_p_tta, labels),
+            "seconds_train": seconds,
+            "images_per_second": len(self.history) * len(self.problem.train_index) / seconds,
+            "device": config["device"],
+            "torch": torch.__version__,
+            "git_commit": config["git_commit"],
+            "weights_sha256": hashlib.sha256((self.run_dir / "best.pt").read_bytes()).hexdigest(),
+        }
+        write_json(self.run_dir / "metrics.json", metrics)
+        return metrics
+
+
+# ------------------------------------------------------------------------- the parts of a recipe
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    # BatchNorm's weights and all biases are the vectors among the parameters.
+    decayed = [p for p in model.parameters() if p.ndim > 1 or recipe.decay_all]
+    others = [p for p in model.parameters() if not (p.ndim > 1 or recipe.decay_all)]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr)
+    nesterov = recipe.momentum > 0  # torch refuses Nesterov without momentum
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
+
+
+def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+    """A torch scheduler: ReduceLROnPlateau steps once an epoch, the others once a batch."""
+    total = recipe.epochs * steps_per_epoch
+    rising = round(recipe.warmup * total)
+    if recipe.schedule == "plateau":
+        return ReduceLROnPlateau(
+            optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
+        )
+    if recipe.schedule == "one_cycle":
+        return OneCycleLR(
+            optimizer, recipe.lr, total, pct_start=recipe.warmup, cycle_momentum=False
+        )
+    if recipe.schedule == "cosine":
+        falling = CosineAnnealingLR(optimizer, max(1, total - rising))
+        if not rising:
+            return falling
+        warmup = LinearLR(optimizer, start_factor=1e-2, total_iters=rising)
+        return SequentialLR(optimizer, [warmup, falling], milestones=[rising])
+    return None
+
+
+def _loss(log_p: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Negative log-likelihood of log-probabilities, with label smoothing (Szegedy et al., 2016)."""
+    nll = F.nll_loss(log_p, labels)
+    return nll if smoothing == 0 else (1 - smoothing) * nll - smoothing * log_p.mean()
+
+
+# ----------------------------------------------------------------------------- feeding the network
+
+
+def _feed(recipe, seed, problem, device, workers):
+    kind = _BatchedFeed if recipe.build == "batched" else _PerSampleFeed
+    return kind(recipe, seed, problem, device, workers)
+
+
+class _Feed:
+    """Batches of normalised pictures and labels on the device, one epoch at a time."""
+
+    def __init__(self, recipe, seed, problem, device, workers):
+        self.recipe, self.seed, self.problem, self.device = recipe, seed, problem, device
+        self.workers = workers
+        self.arguments = (augment.get_policy(recipe.policy), problem.stats.mean, problem.stats.std)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.problem.train_index) / self.recipe.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The indices of this epoch's pictures, in the order in which they come."""
+        generator = torch.Generator().manual_seed(_key(self.seed, epoch))
+        index = self.problem.train_index
+        return index[torch.randperm(len(index), generator=generator)]
+
+
+class _BatchedFeed(_Feed):
+    """The pictures live on the device; a whole batch is augmented there at once."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.images, self.labels = (t.to(self.device) for t in self.problem.train)
+        self.augment = augment.Batched(*self.arguments).to(self.device)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, index in enumerate(self.order(epoch).split(self.recipe.batch_size)):
+            generator = torch.Generator().manual_seed(_key(self.seed, epoch, batch))
+            index = index.to(self.device, non_blocking=True)
+            yield self.augment(self.images[index], generator), self.labels[index]
+
+
+class _PerSampleFeed(_Feed):
+    """One picture at a time, in a DataLoader: the reference's way, and the one people change."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        transform = augment.per_sample(*self.arguments, self.recipe.build)
+        self.sampler = _EpochSampler()
+        self.loader = DataLoader(
+            _KeyedDataset(*self.problem.train, transform, self.seed),
+            batch_size=self.recipe.batch_size,
+            sampler=self.sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.sampler.items = [(epoch, i) for i in self.order(epoch).tolist()]
+        for images, labels in self.loader:
+            images = images.to(self.device, memory_format=torch.channels_last)
+            yield images, labels.to(self.device)
+
+
+class _EpochSampler(Sampler):
+    """Hands (epoch, index) to the dataset, so that a worker knows which epoch it draws for."""
+
+    def __init__(self):
+        self.items: list[tuple[int, int]] = []
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __len__(self):
+        return len(self.items)
+
+
+class _KeyedDataset(Dataset):
+    def __init__(self, images: Tensor, labels: Tensor, transform, seed: int):
+        self.images, self.labels, self.transform, self.seed = images, labels, transform, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, i = item
+        key = _key(self.seed, epoch, i)
+        return self.transform(self.images[i].numpy(), key), self.labels[i]
+
+
+def _key(*parts: int) -> int:
+    """One 32-bit seed from (seed, epoch, ...): neighbours are as unlike as any two."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+
+def log_probabilities(
+    model: nn.Module,
+    images: Tensor | np.ndarray,
+    stats: cifar10.Stats,
+    *,
+    tta: bool = False,
+    batch_size: int = 250,
+) -> Tensor:
+    """What `model` says of uint8 `images` (N, 32, 32, 3): float32 (N, classes), on the CPU.
+
+    Args:
+        stats: the channel mean and std that the model was trained with.
+        tta: average the probabilities of the picture and its mirror image.
+    """
+    device = next(model.parameters()).device
+    plain = augment.Batched(augment.get_policy("none"), stats.mean, stats.std).to(device)
+    was_training = model.training
+    model.eval()
+    parts = []
+    with torch.inference_mode():
+        for chunk in torch.as_tensor(images).split(batch_size):
+            batch = plain(chunk.to(device))
+            log_p = model(batch)
+            if tta:
+                log_p = torch.logaddexp(log_p, model(batch.flip(3))) - math.log(2)
+            parts.append(log_p.cpu())
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def evaluate(
+    model: nn.Module, images: Tensor | np.ndarray, labels: Tensor | np.ndarray, stats: cifar10.Stats
+) -> tuple[float, float]:
+    """(mean negative log-likelihood, accuracy in percent) on uint8 pictures (N, 32, 32, 3)."""
+    log_p, labels = log_probabilities(model, images, stats), torch.as_tensor(labels)
+    return F.nll_loss(log_p, labels).item(), _accuracy(log_p, labels)
+
+
+def _accuracy(log_p: Tensor, labels: Tensor) -> float:
+    return 100 * (log_p.argmax(dim=1) == labels).double().mean().item()
+
+
+# --------------------------------------------------------------------------- the run directory
+
+
+def _config(recipe, seed, protocol, data, problem, device) -> dict:
+    return {
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "protocol": protocol,
+        "dataset": data.name,
+        "limit": data.limit,
+        "data_sha256": data.checksum,
+        "split": {
+            "train": len(problem.train_index),
+            "selection": 0 if problem.selection is None else len(problem.selection[1]),
+            "test": len(problem.test[1]),
+            "seed": 0,
+        },
+        "mean": list(problem.stats.mean),
+        "std": list(problem.stats.std),
+        "classes": list(data.classes),
+        "model": recipe.model_options,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "git_commit": _git_commit(),
+        "command": _command(recipe, seed, protocol, data),
+    }
+
+
+def _torch_bytes(state) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:
+    # Contiguous: a published file shouldn't carry this machine's memory format.
+    return {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for k, v in model.state_dict().items()
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return f"{device}: {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with `+` if the tracked files were changed since; None outside."""
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _command(recipe, seed, protocol, data) -> str:
+    """The call that repeats this run."""
+    base = RECIPES.get(recipe.name.split("-")[0], Recipe("custom"))
+    changed = {k: v for k, v in asdict(recipe).items() if v != getattr(base, k) and k != "name"}
+    how = repr(base.name) if not changed else f"get_recipe({base.name!r}, **{changed})"
+    source = (
+        f"dataset={data.name!r}"
+        if data.limit is None
+        else f"dataset=load({data.name!r}, limit={data.limit})"
+    )
+    return f"train({how}, seed={seed}, protocol={protocol!r}, {source})"
+
+
+# ---------------------------------------------------------------------------- around a training
+
+
+@contextmanager
+def _repeatable():
+    """Deterministic algorithms and our own random stream, both given back afterwards."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA asks for, see torch
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng():
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def _line(row: dict, epochs: int) -> str:
+    """One epoch for the log; without its time, so that a repeated run prints the same."""
+    line = (
+        f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.2e}  "
+        f"train loss {row['train_loss']:.4f} acc {row['train_acc']:5.2f}"
+    )
+    if row["val_loss"] is not None:
+        line += f"  val loss {row['val_loss']:.4f} acc {row['val_acc']:5.2f}"
+    return line
+
+
+def _bar(*, on: bool, **options):
+    """A tqdm bar: a widget in JupyterLab, text in a terminal, nothing when told.
+
+    A notebook that runs headless has no terminal of its own; PROGRESS_TTY names one to draw on,
+    which also keeps the bars out of the notebook that is saved.
+    """
+    from tqdm.auto import tqdm  # looks around for widgets when imported: not before a bar is due
+
+    # TQDM_DISABLE by hand: tqdm's own reading of it leaves a widget in a notebook.
+    on = on and os.environ.get("TQDM_DISABLE", "0") == "0"
+    terminal = os.environ.get("PROGRESS_TTY")
+    if on and terminal:
+        from tqdm.std import tqdm
+
+        try:
+            options |= {"file": open(terminal, "w"), "dynamic_ncols": True}
+        except OSError:
+            on = False
+    return tqdm(disable=not on, **options)
