@@ -116,7 +116,9 @@ def test_a_full_disk_at_any_file_loses_nothing(tiny, whole, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(run_directory.os, "replace", full)
-        with pytest.raises(OSError, match=f"can't write .*{file}: No space left on device; the run"):
+        with pytest.raises(
+            OSError, match=f"can't write .*{file}: No space left on device; the run"
+        ):
             train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
     assert not list((tmp_path / "run").glob("*.tmp"))
     train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)

@@ -62,5 +62,7 @@ def test_values_are_what_they_look_like(text, value):
 
 def test_the_command_line_ends_with_one_sentence(tmp_path):
     arguments = ["training", "--run", str(tmp_path / "run"), "-p", "epoch", "1"]
-    with pytest.raises(SystemExit, match=r"^error: no parameter 'epoch' in training; valid: .*epochs"):
+    with pytest.raises(
+        SystemExit, match=r"^error: no parameter 'epoch' in training; valid: .*epochs"
+    ):
         run_notebook.main(arguments)

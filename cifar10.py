@@ -1,0 +1,526 @@
+"""Images in: CIFAR-10, its built-in stand-in `shapes`, the split, exact channel statistics.
+
+    data = load()                                   # real CIFAR-10 where it can be had
+    train, val = split(data.train_labels)           # 45,000 / 5,000, stratified
+    stats = channel_stats(data.train_images[train]) # mean and std of 0..1 pixels
+
+CIFAR-10: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009,
+https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import math
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.hub import download_url_to_file
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, extract_archive
+
+__all__ = [
+    "CLASSES",
+    "DATASETS",
+    "ROOT",
+    "SHAPES",
+    "Data",
+    "DataError",
+    "Stats",
+    "channel_stats",
+    "load",
+    "split",
+]
+
+ROOT = Path(__file__).resolve().parent  # relative paths count from here, wherever a notebook runs
+DATASETS = ("auto", "cifar10", "shapes")
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+SIZES = {"cifar10": 50_000, "shapes": 10_000}  # training images; a fifth as many for testing
+SHAPES = (
+    "disc",
+    "ring",
+    "crescent",
+    "square",
+    "frame",
+    "triangle",
+    "star",
+    "heart",
+    "cross",
+    "bars",
+)
+
+ANSWER_SECONDS = 5  # how long the host may take to send its first byte
+STALL_SECONDS = 15  # how long a download may stand still; with the above, an absent network
+#                     is reported within 30 s
+PARTIAL = ".cifar10-download-"  # a download in progress, inside the data folder
+NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+)
+
+BANNER = """\
+################################################################################
+#                                                                              #
+#   THIS IS NOT CIFAR-10.  It isn't here and can't be downloaded just now, so  #
+#   `shapes` takes its place: ten classes of pictures drawn by code.           #
+#   Nothing measured on them says anything about CIFAR-10.                     #
+#                                                                              #
+#   For the real data, set CIFAR10_ROOT to the folder that holds               #
+#   cifar-10-batches-py, or put cifar-10-python.tar.gz into data/.             #
+#                                                                              #
+################################################################################"""
+
+
+class DataError(RuntimeError):
+    """A data set that is unknown, can't be had, or isn't what it should be."""
+
+
+class _Unavailable(DataError):
+    """CIFAR-10 is neither on the disk nor to be had from its host: `auto` falls back."""
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set in memory; `load` makes it."""
+
+    name: str  #: "cifar10" or "shapes"
+    classes: tuple[str, ...]  #: names, by label
+    train_images: np.ndarray  #: uint8 (N, 32, 32, 3), RGB
+    train_labels: np.ndarray  #: int64 (N,)
+    test_images: np.ndarray  #: uint8 (M, 32, 32, 3), RGB
+    test_labels: np.ndarray  #: int64 (M,)
+    checksum: str  #: sha256, hexadecimal, over the four arrays
+    limit: int | None = None  #: number of training images asked for; None is all
+
+    @property
+    def title(self) -> str:
+        """What every figure says about its data."""
+        title = "CIFAR-10" if self.name == "cifar10" else "shapes (stand-in, NOT CIFAR-10)"
+        return title if self.limit is None else f"{title}, {self.limit:,} training images"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Per-channel mean and population standard deviation of pixels scaled to 0..1, in RGB order."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def load(
+    dataset: str = "auto",
+    root: str | os.PathLike | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Data:
+    """Load CIFAR-10 or its stand-in.
+
+    Args:
+        dataset: "cifar10" is the real data set and nothing else. "shapes" is ten classes of
+            coloured shapes drawn by code, the same bits every time, 10,000 for training and
+            2,000 for testing. "auto" is CIFAR-10 where it is on the disk or its host answers
+            within seconds; else it prints a banner and is "shapes".
+        root: the folder that holds `cifar-10-batches-py`, or the archive
+            `cifar-10-python.tar.gz`, or to which CIFAR-10 is downloaded. None is the
+            environment variable CIFAR10_ROOT, else `data`. A relative one counts from the
+            folder of this file.
+        limit: use so many training images, the first of each class, and a fifth as many for
+            testing; at least 100, so that 10 % for validation still hold every class.
+        progress: show a bar on a terminal or in a notebook while downloading.
+
+    Raises:
+        DataError: the data set is unknown, can't be had, or a file of it is missing, truncated
+            or altered (also under "auto": a damaged copy is never passed over in silence).
+        ValueError: the limit isn't a whole number in range.
+    """
+    if dataset not in DATASETS:
+        raise DataError(f"dataset {dataset!r} is unknown: choose one of {', '.join(DATASETS)}.")
+    _check_limit(limit, "shapes" if dataset == "shapes" else "cifar10")
+    if dataset != "shapes":
+        try:
+            return _pack("cifar10", CLASSES, _cifar10(_data_root(root), progress), limit)
+        except _Unavailable:
+            if dataset == "cifar10":
+                raise
+        print(BANNER)
+        _check_limit(limit, "shapes")
+    return _pack("shapes", SHAPES, _shapes(limit or SIZES["shapes"]), limit)
+
+
+def split(
+    labels: np.ndarray, n_val: int | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split stratified: every class gives the same share to validation, to the nearest image.
+
+    Args:
+        labels: integers (N,).
+        n_val: size of the validation part; None is 10 %, on CIFAR-10 500 of each class.
+        seed: which images; at least 0. The same seed gives the same split everywhere.
+
+    Returns:
+        Indices of the training and of the validation images, int64, each sorted.
+
+    Raises:
+        ValueError: the labels aren't a list of integers, or the sizes leave a part that can't
+            hold one image of each class.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels must be a one-dimensional array of integers, got {labels.dtype} of shape "
+            f"{labels.shape}."
+        )
+    classes, counts = np.unique(labels, return_counts=True)
+    n_val = len(labels) // 10 if n_val is None else n_val
+    if len(labels) < 2 * len(classes) or not len(labels):
+        raise ValueError(
+            f"{len(labels)} images of {len(classes)} classes can't be split: at least two of "
+            "each class are needed."
+        )
+    _check_whole("n_val", n_val, len(classes), len(labels) - len(classes))
+    _check_whole("seed", seed, 0, 2**32 - 1)
+
+    # Largest remainders: the rounded shares add up to n_val.
+    quota, remainder = np.divmod(counts * n_val, len(labels))
+    quota[np.argsort(-remainder, kind="stable")[: n_val - quota.sum()]] += 1
+
+    # Sorting random keys, where `permutation` would do, since NumPy may change the latter's stream.
+    order = np.argsort(np.random.default_rng(seed).random(len(labels)), kind="stable")
+    chosen = np.zeros(len(labels), dtype=bool)
+    for name, k in zip(classes, quota, strict=True):
+        chosen[order[labels[order] == name][:k]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def channel_stats(images: np.ndarray) -> Stats:
+    """Mean and population standard deviation of each channel, of pixels scaled to 0..1.
+
+    Exact: sums are integers of any size, and only the last division and root are rounded. (The
+    often copied std 0.2023 0.1994 0.2010 of CIFAR-10 averages per-image figures, and is wrong.)
+
+    Args:
+        images: uint8 (N, H, W, 3), N at least 1.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        raise ValueError(
+            f"images must be uint8 of shape (N, H, W, 3), got {images.dtype} of shape "
+            f"{images.shape}."
+        )
+    histograms = np.zeros((3, 256), dtype=np.int64)
+    for start in range(0, len(images), 1000):  # bincount makes int64 of its input: small bites
+        for channel, histogram in enumerate(histograms):
+            pixels = images[start : start + 1000, ..., channel].ravel()
+            histogram += np.bincount(pixels, minlength=256)
+
+    n = images.size // 3
+    values = np.arange(256)
+    sums = [int(histogram @ values) for histogram in histograms]
+    squares = [int(histogram @ values**2) for histogram in histograms]
+    return Stats(
+        mean=tuple(s / (255 * n) for s in sums),
+        std=tuple(math.sqrt(n * q - s * s) / (255 * n) for s, q in zip(sums, squares, strict=True)),
+    )
+
+
+def _check_whole(name: str, value: int, low: int, high: int) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low:,} to {high:,}, got {value!r}.")
+
+
+def _check_limit(limit: int | None, name: str) -> None:
+    if limit is not None:
+        _check_whole(f"limit (on {name})", limit, 100, SIZES[name])
+
+
+def _pack(name: str, classes: tuple, arrays: tuple[np.ndarray, ...], limit: int | None) -> Data:
+    if limit == SIZES[name]:
+        limit = None
+    if limit is not None:
+        images, labels, test_images, test_labels = arrays
+        arrays = *_first(images, labels, limit), *_first(test_images, test_labels, limit // 5)
+    checksum = hashlib.sha256()
+    for array in arrays:
+        checksum.update(array)
+    return Data(name, classes, *arrays, checksum.hexdigest(), limit)
+
+
+def _first(images: np.ndarray, labels: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first of each class, n in all, in order; where 10 doesn't divide n, one more of some."""
+    keep = [np.flatnonzero(labels == c)[: n // 10 + (c < n % 10)] for c in range(10)]
+    keep = np.sort(np.concatenate(keep))
+    return images[keep], labels[keep]
+
+
+# -- CIFAR-10 --------------------------------------------------------------------------------------
+
+
+def _data_root(root: str | os.PathLike | None) -> Path:
+    return ROOT / Path(root or os.environ.get("CIFAR10_ROOT") or "data").expanduser()
+
+
+def _cifar10(root: Path, progress: bool) -> tuple[np.ndarray, ...]:
+    """Training images and labels, test images and labels; fetched first when they aren't there."""
+    try:
+        if not (root / CIFAR10.base_folder).exists():
+            _fetch(root, progress)
+        _check_files(root / CIFAR10.base_folder)
+        return *_read(root, train=True), *_read(root, train=False)
+    except OSError as error:
+        raise DataError(
+            f"CIFAR-10 can't be read from or written to {root} ({error.strerror or error}): free "
+            "some space or mend the permissions there, or set CIFAR10_ROOT to another folder."
+        ) from error
+
+
+def _read(root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    part = CIFAR10(str(root), train=train)
+    return np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)
+
+
+def _check_files(folder: Path) -> None:
+    """Name the file that isn't what it should be; torchvision only says that there is one."""
+    meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
+    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+        if not (folder / name).is_file():
+            fault = "is missing"
+        elif not check_integrity(folder / name, md5):
+            fault = "is truncated or altered (its MD5 sum is wrong)"
+        else:
+            continue
+        raise DataError(
+            f"{folder / name} {fault}: replace it, or delete the folder {folder} and run again "
+            "to have CIFAR-10 downloaded."
+        )
+
+
+def _fetch(root: Path, progress: bool) -> None:
+    """Put the folder of batches into root, from the archive there or else from the network.
+
+    It is unpacked beside its final place and renamed, so that one killed half-way leaves nothing
+    that looks finished.
+    """
+    archive = root / CIFAR10.filename
+    found = archive.exists()
+    if found and not check_integrity(archive, CIFAR10.tgz_md5):
+        raise DataError(
+            f"{archive} is truncated or altered (its MD5 sum is wrong): delete it and run again "
+            "to have CIFAR-10 downloaded."
+        )
+    if not found and not _answers(CIFAR10.url):
+        raise _unavailable(root, f"gave no answer (waited up to {ANSWER_SECONDS} s)")
+    root.mkdir(parents=True, exist_ok=True)
+    _sweep(root)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=root) as partial:
+        if not found:
+            archive = Path(partial, CIFAR10.filename)
+            _download(archive, root, progress)
+        extract_archive(archive, partial)
+        try:
+            os.rename(Path(partial, CIFAR10.base_folder), root / CIFAR10.base_folder)
+        except OSError:  # another process may have been faster
+            if not (root / CIFAR10.base_folder).exists():
+                raise
+
+
+def _download(archive: Path, root: Path, progress: bool) -> None:
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)  # the only way to reach the sockets of urllib's callers
+    try:
+        download_url_to_file(CIFAR10.url, str(archive), progress=progress)
+    except NETWORK_ERRORS as error:
+        raise _unavailable(root, "broke off or stalled") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    if not check_integrity(archive, CIFAR10.tgz_md5):
+        raise _unavailable(root, "sent something else (its MD5 sum is wrong)")
+
+
+def _unavailable(root: Path, what: str) -> _Unavailable:
+    host = urllib.parse.urlsplit(CIFAR10.url).netloc
+    return _Unavailable(
+        f"CIFAR-10 is not in {root} and its host {host} {what}: set CIFAR10_ROOT to the folder "
+        f"that holds {CIFAR10.base_folder}, or put {CIFAR10.filename} into {root}, or choose "
+        "the dataset shapes."
+    )
+
+
+def _answers(url: str) -> bool:
+    """Whether the host sends a byte in time; in a thread, as looking up its name has no timeout."""
+    received = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:
+                received.append(response.read(1))
+        except (OSError, http.client.HTTPException):
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return received not in ([], [b""])
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed downloads left; a day old, since another may be under way."""
+    for left in root.glob(PARTIAL + "*"):
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+# -- shapes ----------------------------------------------------------------------------------------
+# Only + - * / and square roots of random 24-bit fractions, in float32: operations that IEEE 754
+# rounds alike everywhere, so that every machine draws the same bits.
+
+CHUNK = 50  # images drawn at once, a multiple of 10; another number would draw other pictures
+
+
+def _shapes(n: int) -> tuple[np.ndarray, ...]:
+    """Training images and labels, test images and labels: the first n and n // 5 of two streams."""
+    return *_stream(1, n), *_stream(2, n // 5)
+
+
+def _stream(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first n pictures drawn from a seed, and their labels 0 1 .. 9 0 1 .."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    images = np.concatenate([_draw(rng) for _ in range(0, n, CHUNK)])
+    return images[:n], np.arange(n, dtype=np.int64) % 10
+
+
+def _draw(rng: np.random.Generator) -> np.ndarray:
+    """CHUNK pictures, uint8 (CHUNK, 32, 32, 3); the classes take turns."""
+    clouds = _clouds(rng)
+    back = _uniform(rng, 0, 1, 3)
+    # Half-way round from the background in every channel, within 0.15: always seen, any hue.
+    fore = (back + _uniform(rng, 0.35, 0.65, 3)) % 1
+    picture = back + 0.5 * clouds
+
+    u, v = _coordinates(rng, count=4, spread=16, smallest=1.5, largest=3.5)
+    spots = _coverage(_disc(u, v)).max(axis=1, keepdims=True)  # clutter, behind the shape
+    picture += spots * (_uniform(rng, 0, 1, 3) - picture)
+
+    u, v = _coordinates(rng, count=1, spread=5, smallest=8, largest=13)
+    depth = np.empty_like(u)
+    for label, inside in enumerate(INSIDE):
+        depth[label::10] = inside(u[label::10], v[label::10])
+    picture += _coverage(depth) * (fore + 0.25 * clouds[:, :, ::-1] - picture)
+
+    noise = rng.random(picture.shape, np.float32) - rng.random(picture.shape, np.float32)
+    pixels = np.clip(picture + 0.1 * noise, 0, 1) * 255 + 0.5
+    return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float, count: int) -> np.ndarray:
+    """So many numbers for each picture, float32 (CHUNK, count, 1, 1)."""
+    return low + (high - low) * rng.random((CHUNK, count, 1, 1), np.float32)
+
+
+def _clouds(rng: np.random.Generator, cells: int = 3) -> np.ndarray:
+    """Soft patches of colour, -0.5..0.5: a coarse grid of random ones, interpolated linearly."""
+    knots = rng.random((CHUNK, 3, cells + 1, cells + 1), np.float32) - 0.5
+    cell, offset = np.divmod(np.arange(32, dtype=np.float32) * cells / 32, 1)
+    cell = cell.astype(int)
+    columns = knots[..., cell] * (1 - offset) + knots[..., cell + 1] * offset
+    offset = offset[:, None]
+    return columns[..., cell, :] * (1 - offset) + columns[..., cell + 1, :] * offset
+
+
+def _coordinates(
+    rng: np.random.Generator, count: int, spread: float, smallest: float, largest: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every pixel as seen from a shape of radius 1: moved, turned and scaled at random.
+
+    Two arrays, float32 (CHUNK, count, 32, 32).
+    """
+    axis = np.arange(32, dtype=np.float32) - 15.5
+    x = axis - _uniform(rng, -spread, spread, count)
+    y = axis[:, None] - _uniform(rng, -spread, spread, count)
+    a, b = _uniform(rng, -1, 1, count), _uniform(rng, -1, 1, count)
+    scale = np.sqrt(a * a + b * b) * _uniform(rng, smallest, largest, count)
+    return (a * x + b * y) / scale, (a * y - b * x) / scale
+
+
+def _coverage(depth: np.ndarray) -> np.ndarray:
+    """How much of each pixel the shape covers, 0..1, from how deep inside it lies: soft edges."""
+    return np.clip(10 * depth + 0.5, 0, 1)
+
+
+# Each gives the depth inside the shape, negative outside, at (u, v) in units of the shape's radius.
+
+
+def _disc(u, v, radius=0.85):
+    return radius - np.sqrt(u * u + v * v)
+
+
+def _ring(u, v):
+    return 0.2 - abs(_disc(u, v, 0.75))
+
+
+def _crescent(u, v):
+    return np.minimum(_disc(u, v, 0.95), -_disc(u - 0.45, v, 0.75))
+
+
+def _square(u, v, side=0.75):
+    return side - np.maximum(abs(u), abs(v))
+
+
+def _frame(u, v):
+    return 0.17 - abs(_square(u, v, 0.65))
+
+
+def _triangle(u, v):
+    return 0.5 - np.maximum(v, 0.8660254 * abs(u) - 0.5 * v)
+
+
+def _star(u, v):
+    """A pentagram: all that lies beyond one at most of the five lines it is made of."""
+    normals = (0, -1), (0.9510565, -0.309017), (0.5877853, 0.809017)
+    normals += (-0.9510565, -0.309017), (-0.5877853, 0.809017)
+    return np.sort([0.309017 - x * u - y * v for x, y in normals], axis=0)[1]
+
+
+def _heart(u, v):
+    u = abs(u)
+    diamond = 0.70710678 * (0.75 - u - abs(v - 0.1))
+    return np.maximum(diamond, _disc(u - 0.375, v + 0.275, 0.53033))
+
+
+def _cross(u, v):
+    u, v = abs(u), abs(v)
+    return np.minimum(0.95 - np.maximum(u, v), 0.27 - np.minimum(u, v))
+
+
+def _bars(u, v):
+    return np.minimum(0.85 - abs(u), 0.2 - abs(abs(v) - 0.5))
+
+
+INSIDE = (_disc, _ring, _crescent, _square, _frame, _triangle, _star, _heart, _cross, _bars)

@@ -1,0 +1,603 @@
+"""Analysis: what it computes against hand-made and independent figures; what it says and refuses.
+
+Run directories are written here by hand, as design.md and training.py lay them out.
+"""
+
+import csv
+import json
+import math
+import statistics
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import analysis
+import cifar10
+from tiny_cifar10_net import NetCIFAR10_Tiny
+
+HISTORY = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Write a run directory as training does; returns it loaded."""
+
+    def write(name="a", *, recipe="quick", protocol="val", seed=0, epochs=4, finished=True, **more):
+        dataset, limit = more.get("dataset", "cifar10"), more.get("limit")
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {
+            "recipe": {"name": recipe, "epochs": 4, "schedule": "plateau", "lr": 0.1},
+            "seed": seed,
+            "protocol": protocol,
+            "dataset": dataset,
+            "limit": limit,
+            "data_sha256": more.get("checksum", "0" * 64),
+            "split": {"train": 45_000, "selection": 5_000, "test": 10_000, "seed": 0},
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.25, 0.25, 0.25],
+            "classes": list(cifar10.CLASSES),
+            "model": {},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        with open(folder / "history.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(HISTORY)
+            for e in range(1, epochs + 1):
+                selection = ("", "") if protocol == "full" else (2.0 / e, 10.0 * e)
+                table.writerow((e, 0.1, 1.9 / e, 11.0 * e, *selection, 30.0))
+        torch.manual_seed(seed)
+        torch.save(NetCIFAR10_Tiny().state_dict(), folder / "best.pt")
+        if finished:
+            metrics = {
+                "params": 36_170,
+                "macs": 17_330_816,
+                "epochs_run": epochs,
+                "best_epoch": epochs,
+                "train_acc": 44.0,
+                "val_acc": None if protocol == "full" else more.get("val_acc", 40.0),
+                "val_loss": None if protocol == "full" else 0.5,
+                "test_acc": more.get("test_acc", 70.0),
+                "test_loss": 0.9,
+                "test_acc_tta": more.get("test_acc", 70.0) + 0.5,
+                "seconds_train": 123.0,
+                "images_per_second": 1234.0,
+                "device": "cpu",
+                "torch": torch.__version__,
+                "git_commit": None,
+            }
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+        return analysis.load_run(folder)
+
+    return write
+
+
+def predictions(n=200, seed=0, sharpness=2.0):
+    """Log-probabilities (n, 10) that are right more often than not, and their labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(10, size=n)
+    logits = rng.normal(size=(n, 10)).astype(np.float32)
+    logits[np.arange(n), labels] += sharpness
+    return torch.from_numpy(logits).log_softmax(1).numpy(), labels
+
+
+def rows_of(markdown):
+    """The cells of a markdown table's rows, header first."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert len({len(row) for row in cells}) == 1, "ragged table"
+    return [cells[0], *cells[2:]]
+
+
+def texts(figure):
+    """All text in a figure, without line breaks."""
+    found = [t.get_text() for t in figure.findobj(plt.Text)]
+    return " ".join(" ".join(found).replace("\xa0", " ").split())
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def test_load_run(write_run):
+    run = write_run("first", epochs=3)
+    assert run.name == "first" and run.epochs == 3
+    assert run.title == "quick · val · seed 0 · CIFAR-10"
+    assert run.history["val_acc"].tolist() == [10.0, 20.0, 30.0]
+    assert run.history["lr"].dtype == np.float64
+    assert run.metrics["test_acc"] == 70.0
+
+
+def test_empty_fields_are_nan(write_run):
+    history = write_run(protocol="full").history
+    assert np.isnan(history["val_loss"]).all() and np.isfinite(history["train_loss"]).all()
+
+
+def test_titles_say_what_must_be_said(write_run):
+    run = write_run(dataset="shapes", limit=1000, protocol="test-selected", finished=False)
+    assert "shapes (stand-in, NOT CIFAR-10), 1,000 training images" in run.title
+    assert "epoch chosen on test" in run.title
+    assert "unfinished, 4 epochs" in run.title
+    assert "unfinished, 1 epoch ·" in write_run("b", epochs=1, finished=False).title
+
+
+def test_a_title_names_the_data_as_the_data_does(write_run, tiny):
+    assert write_run(dataset="shapes", limit=200).data_title == tiny.title
+
+
+def test_a_run_before_its_first_epoch(write_run):
+    run = write_run(epochs=0, finished=False)
+    (run.folder / "history.csv").unlink()
+    run = analysis.load_run(run.folder)
+    assert run.epochs == 0 and run.metrics is None
+    assert "unfinished: 0 of 4" in analysis.runs_table([run])
+    assert isinstance(analysis.plot_history(run), Figure)
+
+
+def test_find_runs_sorts_and_passes_over_other_folders(write_run, tmp_path):
+    for name in ("b", "c", "a"):
+        write_run(name)
+    (tmp_path / "notes").mkdir()
+    assert [run.name for run in analysis.find_runs(tmp_path)] == ["a", "b", "c"]
+    assert analysis.find_runs(tmp_path / "notes") == []
+
+
+def test_what_is_no_run_directory_is_refused(write_run, tmp_path):
+    write_run("one")
+    write_run("two")
+    with pytest.raises(FileNotFoundError, match=r"three.*config\.json.*one, two"):
+        analysis.load_run(tmp_path / "three")
+    with pytest.raises(FileNotFoundError, match="beside it there is none"):
+        analysis.load_run(tmp_path / "one" / "deeper")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        analysis.find_runs(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="find_runs"):
+        analysis.load_runs(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "not JSON"),
+        ("config.json", "{}", "lacks recipe"),
+        ("metrics.json", "[]", "lacks test_acc"),
+        ("history.csv", "epoch,lr\n1,0.1\n", "expected numbers in epoch"),
+        ("history.csv", ",".join(HISTORY) + "\n1,x,1,1,1,1,1\n", "expected numbers in epoch"),
+    ],
+)
+def test_damaged_files_are_named(write_run, file, content, message):
+    run = write_run()
+    (run.folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        analysis.load_run(run.folder)
+    assert file in str(caught.value)
+
+
+def test_log_probabilities_of_a_run(write_run, tiny):
+    run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum)
+    log_p = analysis.test_log_probabilities(run, tiny)
+    assert log_p.shape == (40, 10) and log_p.dtype == np.float32
+    model = analysis.load_model(run)
+    assert not model.training
+    pixels = torch.from_numpy(tiny.test_images).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        expected = model((pixels - 0.5) / 0.25)
+    np.testing.assert_allclose(log_p, expected.numpy(), atol=1e-4)
+
+
+def test_other_data_than_the_runs_is_refused(write_run, tiny):
+    with pytest.raises(ValueError, match=r"CIFAR-10 .*not on shapes .*load_data"):
+        analysis.test_log_probabilities(write_run(), tiny)
+
+
+def test_load_data_is_what_the_run_was_trained_on(write_run, tiny):
+    run = write_run(dataset="shapes", limit=200)
+    assert analysis.load_data(run).checksum == tiny.checksum
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def test_runs_table_means_and_stds(write_run):
+    accuracies = [87.1, 87.5, 86.2]
+    runs = [write_run(f"s{i}", seed=i, test_acc=a) for i, a in enumerate(accuracies)]
+    header, row = rows_of(analysis.runs_table(runs))
+    cells = dict(zip(header, row, strict=True))
+    mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
+    assert cells["test, %"] == f"{mean:.2f} ± {std:.2f}"
+    assert cells["test with flip, %"] == f"{mean + 0.5:.2f} ± {std:.2f}"
+    assert cells["validation, %"] == "40.00 ± 0.00"
+    assert (cells["seeds"], cells["parameters"], cells["epochs"]) == ("n = 3", "36,170", "4")
+
+
+def test_one_seed_has_no_std(write_run):
+    header, row = rows_of(analysis.runs_table([write_run(test_acc=70.0)]))
+    cells = dict(zip(header, row, strict=True))
+    assert cells["seeds"] == "n = 1" and cells["test, %"] == "70.00"
+
+
+def test_unlike_runs_are_not_pooled(write_run):
+    runs = [
+        write_run("a"),
+        write_run("b", seed=1, protocol="test-selected"),
+        write_run("c", seed=2, dataset="shapes"),
+        write_run("d", seed=3, limit=1000),
+        write_run("e", seed=4, recipe="baseline"),
+        write_run("f", seed=5, epochs=2),
+    ]
+    config = json.loads((runs[5].folder / "config.json").read_text())
+    config["recipe"]["lr"] = 0.2  # the same name, but another recipe
+    (runs[5].folder / "config.json").write_text(json.dumps(config))
+    runs[5] = analysis.load_run(runs[5].folder)
+    rows = rows_of(analysis.runs_table(runs))[1:]
+    assert len(rows) == 6 and all(row[3] == "n = 1" for row in rows)
+    assert rows[1][2] == "test-selected: epoch chosen on test"
+    assert rows[1][6] == "–", "an accuracy on test must not stand under validation"
+    assert "NOT CIFAR-10" in rows[2][1]
+
+
+def test_an_unfinished_run_is_never_quoted(write_run):
+    runs = [write_run("a"), write_run("b", seed=1, epochs=2, finished=False)]
+    rows = rows_of(analysis.runs_table(runs))[1:]
+    assert rows[0][3] == "n = 1"
+    assert "unfinished: 2 of 4" in rows[1] and rows[1][6:] == ["–"] * 4
+
+
+def test_a_repeated_seed_counts_once_and_is_said(write_run):
+    runs = [write_run("a", test_acc=70.0), write_run("copy", test_acc=71.0)]
+    table = analysis.runs_table(runs)
+    assert rows_of(table)[1][7] == "70.00" and "Left out" in table and "copy" in table
+
+
+def test_epochs_that_differ_are_a_range(write_run):
+    runs = [write_run("a", epochs=2), write_run("b", seed=1, epochs=4)]
+    assert rows_of(analysis.runs_table(runs))[1][5] == "2–4"
+
+
+def test_metrics_table(write_run):
+    run = write_run(test_acc=71.23)
+    table = dict(rows_of(analysis.metrics_table(run)))
+    assert table["**test accuracy**"] == "**71.23 %**"
+    assert table["selected epoch"] == "4, by validation loss"
+    assert table["parameters"] == "36,170"
+    assert "training time" not in table
+    assert "training time" in dict(rows_of(analysis.metrics_table(run, times=True)))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "selected"), [("test-selected", "4, by test loss"), ("full", "4, the last")]
+)
+def test_metrics_table_without_validation(write_run, protocol, selected):
+    table = dict(rows_of(analysis.metrics_table(write_run(protocol=protocol))))
+    assert table["selected epoch"] == selected
+    assert not any("validation" in label for label in table)
+
+
+def test_metrics_table_of_an_unfinished_run(write_run):
+    table = analysis.metrics_table(write_run(epochs=2, finished=False))
+    assert "unfinished, 2 of 4 epochs" in table and "accuracy" not in table
+
+
+def test_layer_table():
+    rows = rows_of(analysis.layer_table(NetCIFAR10_Tiny()))
+    assert rows[-1][3:] == ["**36,170**", "100 %", "**17,330,816**", "100 %"]
+    number = lambda text: int(text.replace(",", ""))  # noqa: E731
+    assert sum(number(row[3]) for row in rows[1:-1]) == 36_170
+    assert sum(number(row[5]) for row in rows[1:-1]) == 17_330_816
+
+
+def test_field_table():
+    rows = rows_of(analysis.field_table(NetCIFAR10_Tiny()))
+    assert rows[1][-1] == "3" and rows[-1][-1] == "45"
+
+
+def test_separable_table():
+    rows = rows_of(analysis.separable_table(NetCIFAR10_Tiny()))
+    assert len(rows) == 1 + 9 + 1
+    # c4.1 by hand: 9 * 64 + 64 * 64 weights against 9 * 64 * 64, each at 16 x 16 positions.
+    row = next(row for row in rows if row[0] == "c4.1")
+    assert row[1:5] == ["64 → 64", "4,672", "36,864", "7.9x less"]
+    assert row[5:] == [f"{4_672 * 256:,}", f"{36_864 * 256:,}", "7.9x less"]
+    # The strided one, against the layers of the network that has standard ones in its place.
+    standard = rows_of(analysis.layer_table(NetCIFAR10_Tiny(separable=False)))
+    strided = next(row for row in standard if row[0] == "c4.0.0")
+    row = next(row for row in rows if row[0] == "c4.0")
+    assert (row[3], row[6]) == (strided[3], strided[5])
+    assert "no separable" in analysis.separable_table(NetCIFAR10_Tiny(separable=False))
+
+
+def test_dilation_table():
+    with_it, without = rows_of(analysis.dilation_table())[1:]
+    assert (with_it[1], without[1]) == ("45 px", "31 px") and with_it[2:] == without[2:]
+
+
+def test_batch_check(tiny):
+    rows = rows_of(analysis.batch_check(tiny, "reference"))
+    assert [row[0] for row in rows[1:]] == ["none", "reference"]
+    assert rows[1][1:] == ["0.000"] * 3 + ["1.000"] * 3
+    assert rows[2][1:] != rows[1][1:]
+    assert analysis.batch_check(tiny, "reference") == analysis.batch_check(tiny, "reference")
+    with pytest.raises(ValueError, match="Unknown policy"):
+        analysis.batch_check(tiny, "refrence")
+
+
+# ------------------------------------------------------------------------------------ mathematics
+
+
+def test_confusion_matrix_by_hand():
+    labels, predicted = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 0, 2, 2])
+    counts = analysis.confusion_matrix(labels, predicted, 3)
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "predicted"), [([0, 1], [0]), ([0, 3], [0, 1]), ([0, -1], [0, 1]), ([0.5], [0])]
+)
+def test_confusion_matrix_refuses(labels, predicted):
+    with pytest.raises(ValueError, match=r"one class for each|whole numbers from 0 to 2"):
+        analysis.confusion_matrix(np.array(labels), np.array(predicted), 3)
+
+
+def test_calibration_by_hand():
+    # Confidence 0.9 twice, one of them right; 0.6 twice, both right.
+    log_p = np.log([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    rows, ece = analysis.calibration(log_p, np.array([0, 1, 1, 1]), bins=10)
+    assert ece == pytest.approx((2 * abs(0.5 - 0.9) + 2 * abs(1 - 0.6)) / 4)
+    filled = [row for row in rows if row.count]
+    assert len(rows) == 10 and [row.count for row in filled] == [2, 2]
+    assert [row.accuracy for row in filled] == [1.0, 0.5]
+    assert math.isnan(rows[0].accuracy)
+
+
+def test_calibration_against_a_plain_loop():
+    log_p, labels = predictions(500)
+    expected = 0.0
+    for b in range(15):
+        hits, sure = [], []
+        for row, label in zip(np.exp(log_p.astype(np.float64)), labels, strict=True):
+            if b / 15 < row.max() <= (b + 1) / 15:
+                hits.append(row.argmax() == label)
+                sure.append(row.max())
+        if hits:
+            expected += len(hits) / 500 * abs(np.mean(hits) - np.mean(sure))
+    rows, ece = analysis.calibration(log_p, labels)
+    assert ece == pytest.approx(expected, abs=1e-12) and expected > 0.01
+    assert sum(row.count for row in rows) == 500
+
+
+def test_certainty_falls_into_the_last_bin():
+    log_p = np.array([[1e-7, -50.0]], dtype=np.float32)  # rounding: a probability above 1
+    rows, ece = analysis.calibration(log_p, np.array([0]))
+    assert rows[-1].count == 1 and ece == pytest.approx(0, abs=1e-6)
+
+
+def test_calibration_refuses():
+    with pytest.raises(ValueError, match=r"\(0, 10\)"):
+        analysis.calibration(np.zeros((0, 10)), np.zeros(0, dtype=int))
+    with pytest.raises(ValueError, match="labels"):
+        analysis.calibration(np.zeros((2, 10)), np.zeros(3, dtype=int))
+    with pytest.raises(ValueError, match="bins"):
+        analysis.calibration(*predictions(5), bins=0)
+
+
+class Chain(nn.Module):
+    """Stages c1 to c4: a single 3x3 convolution of ones each, of the given dilations."""
+
+    def __init__(self, dilations):
+        super().__init__()
+        for i, d in enumerate(dilations, start=1):
+            conv = nn.Conv2d(3 if i == 1 else 1, 1, 3, padding=d, dilation=d, bias=False)
+            nn.init.ones_(conv.weight)
+            setattr(self, f"c{i}", conv)
+
+
+PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_effective_field_of_a_linear_chain_is_known_exactly():
+    images = np.zeros((3, 33, 33, 3), dtype=np.uint8)
+    chain = Chain((1, 1, 1, 1))
+    with torch.no_grad():
+        chain.c1.weight[:, 1] *= -1  # a falling channel counts as much as a rising one
+    field = analysis.effective_receptive_field(chain, images, *PLAIN, chunk=2)
+    # Four boxes of three convolved: the coefficients of (1 + x + x^2)^4, in both directions.
+    line = np.array([1.0])
+    for _ in range(4):
+        line = np.convolve(line, np.ones(3))
+    expected = np.zeros((33, 33))
+    expected[12:21, 12:21] = np.outer(line, line)
+    assert field.dtype == np.float64
+    np.testing.assert_allclose(field, expected)
+
+
+def test_effective_field_of_the_net_spans_the_theoretical_45():
+    model = NetCIFAR10_Tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_().clamp_min_(1e-3)  # positive all over: no path is cut by a ReLU
+    images = np.full((1, 64, 64, 3), 128, dtype=np.uint8)
+    model.train()
+    field = analysis.effective_receptive_field(model, images, *PLAIN)
+    seen = np.flatnonzero(field.sum(axis=0))
+    assert (seen[0], seen[-1], len(seen)) == (10, 54, 45)
+    assert (field[10:55, 10:55] > 0).all()
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_effective_field_refuses():
+    with pytest.raises(ValueError, match="square"):
+        analysis.effective_receptive_field(
+            Chain((1,) * 4), np.zeros((1, 32, 30, 3), np.uint8), *PLAIN
+        )
+
+
+def test_published_networks():
+    networks = {n.network: n for n in analysis.published_networks()}
+    assert len(networks) == 12
+    reference = networks["NetCIFAR10_Tiny (reference)"]
+    assert (reference.parameters, reference.accuracy) == (36_170, 87.31)
+    assert reference.multiply_adds == 17_330_816
+    assert "chosen on test" in reference.how
+    assert all(n.source and 1e4 < n.parameters < 1e6 for n in networks.values())
+    assert all(80 < n.accuracy < 95 for n in networks.values())
+    assert sorted(n.accuracy for n in networks.values() if n.network.startswith("ResNet-20")) == [
+        91.25,
+        92.60,
+        94.03,
+    ]
+
+
+def test_a_bad_row_is_refused(tmp_path):
+    file = tmp_path / "published.csv"
+    file.write_text("network,parameters,accuracy\nx,many,90\n")
+    with pytest.raises(ValueError, match=r"many.*multiply_adds"):
+        analysis.published_networks(file)
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def test_figures_of_the_data_name_it(tiny):
+    for figure in (
+        analysis.plot_class_counts(tiny),
+        analysis.plot_samples(tiny, per_class=2),
+        analysis.plot_augmentations(tiny, ("none", "light"), ("batched", "torchvision"), n=2),
+    ):
+        assert tiny.title in texts(figure)
+
+
+def test_samples_show_each_class(tiny):
+    axes = analysis.plot_samples(tiny, per_class=3).axes[0]
+    tiles = np.asarray(axes.images[0].get_array())
+    assert tiles.shape == (10 * 34 - 2, 3 * 34 - 2, 3)
+    third_of_class_7 = tiny.train_images[tiny.train_labels == 7][2]
+    assert (tiles[7 * 34 : 7 * 34 + 32, 2 * 34 : 2 * 34 + 32] == third_of_class_7).all()
+
+
+def test_without_augmentation_every_build_gives_back_the_picture(tiny):
+    stats = cifar10.channel_stats(tiny.train_images)
+    images = tiny.train_images[:2]
+    for build in ("batched", "torchvision"):
+        back = analysis._augmented(images, "none", build, stats, seed=0)
+        np.testing.assert_allclose(back, images / 255, atol=1e-5)
+
+
+@pytest.mark.parametrize("dilated", [True, False])
+def test_plot_receptive_field(dilated):
+    text = texts(analysis.plot_receptive_field(NetCIFAR10_Tiny(dilated=dilated)))
+    assert ("45 x 45" if dilated else "31 x 31") in text and ("dilation 3" in text) == dilated
+
+
+def test_plot_history_says_what_selected(write_run):
+    on_test = analysis.plot_history(write_run("a", protocol="test-selected"))
+    assert "test (selection!)" in texts(on_test) and "epoch chosen on test" in texts(on_test)
+    on_validation = analysis.plot_history(write_run("b"))
+    assert "validation" in texts(on_validation) and "selection!" not in texts(on_validation)
+    nothing = texts(analysis.plot_history(write_run("c", protocol="full")))
+    assert "validation" not in nothing and "selected epoch" not in nothing
+
+
+def test_plot_history_draws_the_history(write_run):
+    loss = analysis.plot_history(write_run()).axes[0]
+    train, selection, star = (line.get_xydata().tolist() for line in loss.lines)
+    assert train == [[e, 1.9 / e] for e in range(1, 5)]
+    assert selection == [[e, 2.0 / e] for e in range(1, 5)]
+    assert star == [[4, 0.5]]
+
+
+def test_plot_history_of_many_names_each(write_run):
+    runs = [write_run(f"run{i}", seed=i, finished=i != 8) for i in range(9)]
+    text = texts(analysis.plot_history(runs))
+    assert "9 runs · CIFAR-10" in text and "unfinished" in text
+    assert all(f"run{i}: quick · val · seed {i}" in text for i in range(9))
+    with pytest.raises(ValueError, match="no run"):
+        analysis.plot_history([])
+
+
+def test_figures_of_predictions_name_the_run(tiny):
+    log_p, _ = predictions(len(tiny.test_labels))
+    for figure in (
+        analysis.plot_confusion(log_p, tiny.test_labels, tiny.classes, "my title"),
+        analysis.plot_per_class(log_p, tiny.test_labels, tiny.classes, "my title"),
+        analysis.plot_reliability(log_p, tiny.test_labels, "my title"),
+        analysis.plot_mistakes(log_p, tiny, n=5, title="my title"),
+    ):
+        assert "my title" in texts(figure)
+
+
+def test_confusion_figure_shows_the_counts():
+    log_p = np.log([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]])
+    axes = analysis.plot_confusion(log_p, np.array([0, 0, 1, 1]), ("x", "y"), "t").axes[0]
+    assert [t.get_text() for t in axes.texts] == ["2", "1", "1"]
+    assert axes.images[0].get_array().tolist() == [[100, 0], [50, 50]]
+
+
+def test_mistakes_are_the_surest_and_wrong(tiny):
+    labels = tiny.test_labels
+    log_p = np.full((len(labels), 10), np.log(0.001), dtype=np.float32)
+    log_p[np.arange(len(labels)), labels] = np.log(0.991)
+    for i, p in ((3, 0.7), (5, 0.9)):
+        log_p[i] = np.log((1 - p) / 9)
+        log_p[i, (labels[i] + 1) % 10] = np.log(p)
+    figure = analysis.plot_mistakes(log_p, tiny)
+    titles = [axes.get_title().split("\n") for axes in figure.axes if axes.get_title()]
+    for (true, taken, sure), (i, p) in zip(titles, ((5, "90.0 %"), (3, "70.0 %")), strict=True):
+        assert (true, sure) == (tiny.classes[labels[i]], p)
+        assert taken == f"→ {tiny.classes[(labels[i] + 1) % 10]}"
+    log_p[[3, 5]] = 0.0
+    log_p[[3, 5], labels[[3, 5]]] = 1.0
+    assert "No mistake" in texts(analysis.plot_mistakes(log_p, tiny))
+
+
+def test_plot_effective_receptive_field(write_run, tiny):
+    run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum)
+    text = texts(analysis.plot_effective_receptive_field(run, tiny, n=2))
+    assert run.title in text and "100.0 % within 45 px" in text
+    assert tiny.title in texts(analysis.plot_effective_receptive_field(NetCIFAR10_Tiny(), tiny, 1))
+
+
+def test_accuracy_vs_params_leaves_out_what_is_not_comparable(write_run):
+    runs = [
+        write_run("a", test_acc=88.0),
+        write_run("b", seed=1, test_acc=89.0),
+        write_run("c", dataset="shapes", test_acc=99.0),
+        write_run("d", limit=1000, test_acc=33.0),
+        write_run("e", seed=2, finished=False),
+    ]
+    text = texts(analysis.plot_accuracy_vs_params(runs))
+    assert "quick · val: 88.50 ± 0.71 (n = 2)" in text and "Left out: 3 runs" in text
+    assert "99.00" not in text and "33.00" not in text and "Tiniest" in text
+    assert "(n =" not in texts(analysis.plot_accuracy_vs_params(runs[2]))
+
+
+def test_labels_of_points_do_not_overlap(write_run):
+    runs = [
+        write_run(f"r{i}", recipe=f"recipe{i}", test_acc=accuracy)
+        for i, accuracy in enumerate((87.3, 87.0, 90.9, 90.6))
+    ]
+    figure = analysis.plot_accuracy_vs_params(runs)
+    figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts]
+    assert len(boxes) == 16
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_settings_of_matplotlib_are_left_alone(write_run):
+    before = dict(plt.rcParams)
+    analysis.plot_history(write_run())
+    assert dict(plt.rcParams) == before
+
+
+def test_figures_of_real_cifar10(real):
+    assert "5,000" in texts(analysis.plot_class_counts(real))
+    assert "CIFAR-10" in texts(analysis.plot_samples(real, per_class=1))

@@ -1,0 +1,71 @@
+"""What is committed: clean source notebooks, published runs that hold together."""
+
+import hashlib
+import json
+import re
+import subprocess
+
+import nbformat
+import pytest
+
+import run_directory
+import training
+from tiny_cifar10_net import load_pretrained
+
+ROOT = training.ROOT
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PUBLISHED = sorted(path.parent for path in (ROOT / "results").glob("*/config.json"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_source_notebooks_are_clean_and_hold_no_logic(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in code:
+        assert not re.search(r"^\s*(def|class) |sys\.path", cell.source, re.MULTILINE)
+
+
+def test_make_alone_explains_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"\.PHONY: (.*)", makefile)[1].split()) - {"help"}
+    printed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert targets <= set(re.findall(r"make ([a-z-]+)", printed))
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda p: p.name)
+def test_a_published_run_holds_together(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    assert metrics["dataset"] == "cifar10" and metrics["limit"] is None
+    digest = hashlib.sha256((folder / "best.pt").read_bytes()).hexdigest()
+    assert digest == metrics["weights_sha256"]
+    rows = (folder / "history.csv").read_text().splitlines()
+    assert len(rows) == 1 + metrics["epochs_run"]
+    assert config["recipe"]["name"] == metrics["recipe"]
+    model = load_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == metrics["params"]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda p: p.name)
+def test_published_weights_reach_the_published_accuracy(folder, real):
+    model = load_pretrained(folder)
+    stats = training.cifar10.Stats(model.mean, model.std)
+    loss, accuracy = training.evaluate(model, real.test_images, real.test_labels, stats)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert accuracy == pytest.approx(metrics["test_acc"], abs=0.01)
+    assert loss == pytest.approx(metrics["test_loss"], abs=1e-4)
+
+
+def test_published_files_name_no_folder_of_a_machine():
+    home = re.compile(r"(?<![\w.:/])/(home|root|Users|work|mnt|tmp)/")
+    for path in (ROOT / "results").rglob("*"):
+        if path.suffix in {".json", ".csv", ".ipynb", ".md", ".html"}:
+            assert not home.search(path.read_text()), f"{path} names a path of a machine"
+
+
+def test_the_run_directory_is_as_documented():
+    documented = set(re.findall(r"^    (\S+\.\w+) ", run_directory.__doc__, re.MULTILINE))
+    assert documented == set(run_directory.FILES)
