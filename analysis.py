@@ -17,9 +17,10 @@ import json
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from tiny_cifar10_net import (
     load_pretrained,
     receptive_field,
 )
-from training import PROTOCOLS, log_probabilities
+from training import HISTORY_COLUMNS, PROTOCOLS, RECIPES, Recipe, log_probabilities
 
 __all__ = [
     "Run",
@@ -54,6 +55,7 @@ __all__ = [
     "load_model",
     "test_log_probabilities",
     "show",
+    "recipe_table",
     "metrics_table",
     "runs_table",
     "layer_table",
@@ -81,7 +83,6 @@ __all__ = [
 ]
 
 PUBLISHED = Path(__file__).resolve().parent / "results" / "published.csv"
-HISTORY = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 PICTURE = 32  # side of a picture of CIFAR-10, in pixels
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color, 2008).
@@ -120,6 +121,10 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         with plt.rc_context(STYLE):
             figure = draw(*args, **kwargs)
             figure.draw_without_rendering()  # ticks take their style when they are first drawn
+            interactive = matplotlib.is_interactive()
+        # A notebook's backend is loaded by its first figure and turns interactive drawing on, one
+        # of the settings that the context has just put back: no later figure would be shown.
+        matplotlib.interactive(interactive)
         return figure
 
     return styled
@@ -267,6 +272,16 @@ def show(markdown: str) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown(markdown))
+
+
+def recipe_table(recipe: Recipe) -> str:
+    """Each field of a recipe beside the published reference's; bold where the two differ."""
+    rows = []
+    for name, reference in asdict(RECIPES["baseline"]).items():
+        value = getattr(recipe, name)
+        shown = f"`{value}`" if value == reference else f"**`{value}`**"
+        rows.append((name, shown, f"`{reference}`"))
+    return _table(("field", "this recipe", "reference"), rows, text_columns=3)
 
 
 def metrics_table(run: Run, times: bool = False) -> str:
@@ -885,10 +900,11 @@ def _read_history(file: Path) -> dict[str, np.ndarray]:
     if file.is_file():
         rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
     try:
-        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in HISTORY}
+        columns = {name: [float(row[name] or "nan") for row in rows] for name in HISTORY_COLUMNS}
+        return {name: np.array(values) for name, values in columns.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file} can't be read ({error!r}); expected numbers in {', '.join(HISTORY)}"
+            f"{file} can't be read ({error!r}); expected numbers in {', '.join(HISTORY_COLUMNS)}"
         ) from error
 
 

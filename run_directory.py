@@ -1,10 +1,12 @@
 """The files of a run: who may write them, and how nothing half-written is ever read.
 
-config.json    everything that decides the outcome, and where it was computed
-history.csv    one row an epoch
-last.pt        all that is needed to go on from here
-best.pt        the weights of the selected epoch: a plain state_dict
-metrics.json   written once, at the end
+A run directory holds
+
+    config.json    everything that decides the outcome, and where it was computed
+    history.csv    one row an epoch
+    last.pt        all that is needed to go on from here
+    best.pt        the weights of the selected epoch: a plain state_dict
+    metrics.json   written once, at the end
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _execute(name: str, run_dir: Path, parameters: dict) -> None:
             cwd=ROOT,
             progress_bar=False,
             log_output=True,
-            extra_arguments=["--log-level=40"],  # the kernel's own: errors only
+            extra_arguments=["--log-level=50"],  # of the kernel itself only what is fatal
         )
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":

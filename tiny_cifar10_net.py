@@ -22,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 __all__ = [
     "NetCIFAR10_Tiny",
+    "DepthwiseConv",
     "SeparableConv",
     "LayerCost",
     "Field",
@@ -46,7 +48,44 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def conv_block(c_in: int, c_out: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     """A standard 3x3 convolution, BatchNorm, ReLU. Padding keeps the size (at stride 1)."""
     conv = nn.Conv2d(c_in, c_out, 3, stride, padding=dilation, dilation=dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A 3x3 convolution of each channel by itself: (N, C, H, W) -> (N, C, H', W').
+
+    Dilated, it has no fast backward pass in the CPU library behind torch (oneDNN): measured five
+    to ten times the time of a plain one, a quarter of a training step. There the same sums are
+    taken another way. A convolution of dilation d is d * d plain ones, each on every d-th row and
+    column, so those pictures are laid beside one another in the batch ("space to batch", as
+    TensorFlow's atrous_conv2d does it).
+    """
+
+    def __init__(self, channels: int, stride: int = 1, dilation: int = 1):
+        super().__init__(
+            channels,
+            channels,
+            3,
+            stride,
+            padding=dilation,
+            dilation=dilation,
+            groups=channels,
+            bias=False,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        d = self.dilation[0]
+        if d == 1 or self.stride[0] > 1 or x.device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(x)
+        n, c, height, width = x.shape
+        rows, columns = -(-height // d), -(-width // d)  # rounded up: zeros fill the last ones
+        x = F.pad(x, (0, columns * d - width, 0, rows * d - height))
+        x = x.permute(0, 2, 3, 1).reshape(n, rows, d, columns, d, c).permute(2, 4, 0, 1, 3, 5)
+        x = x.reshape(d * d * n, rows, columns, c).permute(0, 3, 1, 2)
+        x = F.conv2d(x, self.weight, padding=1, groups=c)
+        x = x.permute(0, 2, 3, 1).reshape(d, d, n, rows, columns, c).permute(2, 3, 0, 4, 1, 5)
+        x = x.reshape(n, rows * d, columns * d, c)[:, :height, :width]
+        return x.permute(0, 3, 1, 2)
 
 
 class SeparableConv(nn.Module):
@@ -58,13 +97,11 @@ class SeparableConv(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, dilation: int = 1):
         super().__init__()
-        self.dw = nn.Conv2d(
-            c_in, c_in, 3, stride, padding=dilation, dilation=dilation, groups=c_in, bias=False
-        )
+        self.dw = DepthwiseConv(c_in, stride, dilation)
         self.bn_dw = nn.BatchNorm2d(c_in)
         self.pw = nn.Conv2d(c_in, c_out, 1, bias=False)
         self.bn_pw = nn.BatchNorm2d(c_out)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn_dw(self.dw(x)))

@@ -292,7 +292,7 @@ def test_no_network(fake, tmp_path):
 
 def test_host_that_never_answers(silent, tmp_path):
     start = time.monotonic()
-    with pytest.raises(DataError, match="gave no answer .waited up to 5 s"):
+    with pytest.raises(DataError, match=r"gave no answer \(waited up to 5 s\)"):
         load("cifar10", root=tmp_path)
     assert time.monotonic() - start < 10
     assert cifar10.ANSWER_SECONDS + cifar10.STALL_SECONDS < 30
@@ -302,8 +302,10 @@ def test_name_server_that_never_answers(fake, tmp_path, monkeypatch):
     end = threading.Event()
     monkeypatch.setattr(cifar10, "ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: end.wait(60) and [])
+    start = time.monotonic()
     with pytest.raises(DataError, match="gave no answer"):
         load("cifar10", root=tmp_path)
+    assert time.monotonic() - start < 5
     end.set()
 
 

@@ -157,7 +157,7 @@ def test_nan_stops_at_that_step_with_the_checkpoint_intact(tiny, whole, tmp_path
 
 def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path):
     before = contents(whole)
-    with pytest.raises(RunError, match="finished, and kept: .*FORCE=1.*another name"):
+    with pytest.raises(RunError, match=r"finished, and kept: .*FORCE=1.*another name"):
         train(SIX_EPOCHS, whole, dataset=tiny, progress=False)
     assert contents(whole) == before
     other = get_recipe(SMALL, epochs=1)

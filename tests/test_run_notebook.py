@@ -15,7 +15,12 @@ def notebooks(tmp_path, monkeypatch):
         parameters = nbformat.v4.new_code_cell("n = 1  # a number\nrun_dir = None")
         parameters.metadata["tags"] = ["parameters"]
         cells = [parameters, nbformat.v4.new_code_cell(source)]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+        metadata = {
+            "kernelspec": {"name": "python3", "display_name": "Python 3"},
+            "language_info": {"name": "python"},
+        }
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     return tmp_path
 
 
@@ -39,7 +44,7 @@ def test_an_unknown_notebook_lists_the_valid_names(notebooks, tmp_path):
 def test_a_failed_notebook_says_why_and_keeps_the_good_one(notebooks, tmp_path):
     run_notebooks(["divide"], tmp_path / "run", {}, {})
     good = (tmp_path / "run" / "divide.ipynb").read_bytes()
-    with pytest.raises(RuntimeError, match="division by zero .ZeroDivisionError; see divide.runn"):
+    with pytest.raises(RuntimeError, match=r"division by zero .ZeroDivisionError; see divide.runn"):
         run_notebooks(["divide"], tmp_path / "run", {}, {"n": 0})
     assert (tmp_path / "run" / "divide.ipynb").read_bytes() == good
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_cifar10_net
 from tiny_cifar10_net import (
+    DepthwiseConv,
     NetCIFAR10_Tiny,
     layer_costs,
     load_pretrained,
@@ -72,6 +73,25 @@ def test_stage_shapes(model):
         x = stage(x)
         shapes.append(tuple(x.shape[1:]))
     assert shapes == [(24, 32, 32), (36, 32, 32), (48, 32, 32), (64, 16, 16), (64, 1, 1)]
+
+
+@pytest.mark.parametrize("dilation", [2, 3])
+@pytest.mark.parametrize("size", [(16, 16), (15, 17), (5, 32), (1, 2)])
+def test_the_fast_dilated_convolution_is_torchs_own(dilation, size):
+    """Same sums by another way: outputs and both gradients, also where nothing divides evenly."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, *size).to(memory_format=torch.channels_last).requires_grad_()
+    ours = DepthwiseConv(6, dilation=dilation)
+    plain = torch.nn.functional.conv2d(
+        x, ours.weight, padding=dilation, dilation=dilation, groups=6
+    )
+    weights = torch.randn_like(plain)
+    expected = torch.autograd.grad((plain * weights).sum(), (x, ours.weight))
+    got = torch.autograd.grad((ours(x) * weights).sum(), (x, ours.weight))
+    torch.testing.assert_close(ours(x), plain)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain)
 
 
 def test_outputs_are_log_probabilities(model):
