@@ -28,7 +28,7 @@ SETTINGS = --recipe "$(RECIPE)" --protocol "$(PROTOCOL)" --dataset "$(DATASET)" 
 	--device "$(DEVICE)" --force "$(FORCE)" --run "$(RUN)" $(PARAMS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook stats train analysis tour lab predict test test-fast lint clean
+.PHONY: help env run-notebook stats train analysis tour lab predict results test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -70,12 +70,15 @@ analysis: env ## look at a finished run (RUN=...)
 tour: env ## the guided tour, headless: the whole workflow in one notebook
 	@$(PY) run_notebook.py tuning_CNN_CIFAR10 $(SETTINGS)
 
-lab: env ## open the notebooks in JupyterLab
-	$(PY) -m jupyter lab --notebook-dir . notebooks/tuning_CNN_CIFAR10.ipynb
+lab: env ## open the notebooks in JupyterLab (LAB="--no-browser" for its own options)
+	$(PY) -m jupyter lab --notebook-dir . $(LAB) notebooks/tuning_CNN_CIFAR10.ipynb
 
 predict: env ## classify a picture: make predict IMAGE=cat.jpg
 	@test -n "$(IMAGE)" || { echo "error: name a picture, e.g. make predict IMAGE=cat.jpg"; exit 2; }
 	@$(PY) -m tiny_cifar10_net "$(IMAGE)" $(if $(RUN),--run "$(RUN)")
+
+results: env ## rebuild the tables and curves of results/ from its run directories
+	@$(PY) publish.py
 
 test: env ## all tests: the modules, then every notebook under nbval
 	@$(PY) -m pytest

@@ -16,7 +16,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["FILES", "IDENTITY", "RunError", "claim", "write", "write_json"]
+__all__ = ["FILES", "IDENTITY", "RunError", "claim", "refuse_finished", "write", "write_json"]
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
 
@@ -36,18 +36,23 @@ def claim(run_dir: Path, config: dict, force: bool):
         if force:
             for name in FILES:
                 (run_dir / name).unlink(missing_ok=True)
+        refuse_finished(run_dir)
         _refuse_another_run(run_dir, config)
         if not (run_dir / "config.json").is_file():
             write_json(run_dir / "config.json", config)
         yield
 
 
-def _refuse_another_run(run_dir: Path, config: dict) -> None:
+def refuse_finished(run_dir: Path) -> None:
+    """Raise RunError if the run in this directory is finished."""
     if (run_dir / "metrics.json").is_file():
         raise RunError(
             f"the run in {run_dir} is finished, and kept: to replace it say FORCE=1 (force=True), "
             "to keep both give another name (RUN=..., run_dir=...)"
         )
+
+
+def _refuse_another_run(run_dir: Path, config: dict) -> None:
     there = run_dir / "config.json"
     if not there.is_file():
         return

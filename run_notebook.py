@@ -17,6 +17,9 @@ import sys
 import warnings
 from pathlib import Path
 
+import run_directory
+import training
+
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS = ROOT / "notebooks"
 LONGEST = 15  # lines that a cell may print on the terminal; more is a table, for the notebook
@@ -40,9 +43,11 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
         extra: parameters that at least one of the notebooks must have.
 
     Raises:
-        ValueError: no such notebook or parameter; the message lists the valid names.
-        RuntimeError: a cell failed; the message is that of its error.
+        ValueError: no such notebook, parameter, recipe or protocol; the message lists the valid
+            names.
+        RuntimeError: the run is finished already; a cell failed; the message is that of its error.
     """
+    _check_training(names, run_dir, settings)
     declared = {name: _declared_parameters(name) for name in names}
     unknown = sorted(extra.keys() - set().union(*declared.values()))
     if unknown:
@@ -56,6 +61,15 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
     for name in names:
         _say(f"notebooks/{name}.ipynb -> {shown}/{name}.ipynb")
         _execute(name, run_dir, {k: v for k, v in given.items() if k in declared[name]})
+
+
+def _check_training(names: list[str], run_dir: Path, settings: dict) -> None:
+    """What training would refuse is refused before the notebooks that come first are run."""
+    if "training" not in names or "recipe" not in settings:
+        return
+    training.check_settings(settings["recipe"], settings["protocol"], settings["seed"])
+    if not settings["force"]:
+        run_directory.refuse_finished(run_dir)
 
 
 def _execute(name: str, run_dir: Path, parameters: dict) -> None:

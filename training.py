@@ -50,6 +50,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "RunError",
+    "check_settings",
     "evaluate",
     "get_recipe",
     "log_probabilities",
@@ -181,15 +182,15 @@ RECIPES = {
         Recipe(
             "quick",
             epochs=5,
-            batch_size=64,
-            lr=0.1,
+            batch_size=32,
+            lr=0.06,
             decay_all=False,
             schedule="one_cycle",
             warmup=0.25,
             stop_patience=None,
             policy="light",
             start_side=16,
-            grow=0.6,
+            grow=0.8,
         ),
     )
 }
@@ -255,8 +256,7 @@ def train(
         intact up to its last finished epoch.
     """
     recipe = get_recipe(recipe)
-    _check_choice("protocol", protocol, tuple(PROTOCOLS))
-    _check_number("seed", seed, int, 0, 2**32 - 1)
+    check_settings(recipe, protocol, seed)
     _check_number("workers", workers, int, 0, 64)
     device = pick_device(device)
     data = dataset if isinstance(dataset, cifar10.Data) else cifar10.load(dataset)
@@ -268,13 +268,7 @@ def train(
             f"batch_size must be a whole number from 1 to {len(problem.train_index)}, "
             f"the number of training images; got {recipe.batch_size}"
         )
-    if recipe.schedule == "plateau" and problem.selection is None:
-        raise ValueError(
-            f"recipe {recipe.name!r} has a plateau schedule, which needs a loss to watch, and "
-            f"protocol {protocol!r} has none: set schedule to one_cycle, cosine or constant"
-        )
     config = _config(recipe, seed, protocol, data, problem, device)
-    _keep_freed_memory()
     with claim(run_dir, config, force), _repeatable():
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress)
         try:
@@ -283,6 +277,18 @@ def train(
             print(f"Interrupted: {run_dir} is intact; the same command goes on from there.")
             raise
         return run.finish(config)
+
+
+def check_settings(recipe: str | Recipe, protocol: str, seed: int) -> None:
+    """Refuse with a ValueError what `train` would refuse, before anything else is done."""
+    recipe = get_recipe(recipe)
+    _check_choice("protocol", protocol, tuple(PROTOCOLS))
+    _check_number("seed", seed, int, 0, 2**32 - 1)
+    if recipe.schedule == "plateau" and protocol == "full":
+        raise ValueError(
+            f"recipe {recipe.name!r} has a plateau schedule, which needs a loss to watch, and "
+            "protocol 'full' has none: set schedule to one_cycle, cosine or constant"
+        )
 
 
 def run_folder(recipe: str | Recipe, protocol: str = "val", seed: int = 0) -> Path:
@@ -352,6 +358,7 @@ class _Run:
         if recipe.ema is not None:
             average = get_ema_multi_avg_fn(recipe.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.memory = _Memory()
         self.history: list[dict] = []
         self.best_epoch, self.best_loss, self.best_weights = 0, math.inf, None
         self._load()
@@ -382,10 +389,12 @@ class _Run:
 
     def _epoch(self, epoch: int) -> dict:
         started = time.perf_counter()
+        self.memory.trim()
         train_loss, train_acc = self._train_pass(epoch)
         lr = self.optimizer.param_groups[0]["lr"]
         val_loss = val_acc = None
         if self.problem.selection is not None:
+            self.memory.trim()
             val_loss, val_acc = evaluate(
                 self.answering, *self.problem.selection, self.problem.stats
             )
@@ -480,6 +489,7 @@ class _Run:
 
     def finish(self, config: dict) -> dict:
         """Evaluate the selected weights on test, once, and write metrics.json."""
+        self.memory.trim()
         self.answering.load_state_dict(self.best_weights)
         data, best = self.problem.data, self.history[self.best_epoch - 1]
         log_p = log_probabilities(self.answering, self.problem.test[0], self.problem.stats)
@@ -800,19 +810,27 @@ def _repeatable():
             torch.use_deterministic_algorithms(before)
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep large buffers that are freed, for the next step needs the same again.
+class _Memory:
+    """Has glibc keep large buffers that are freed, since the next step needs the same again.
 
-    By default each goes back to the kernel and every page of it is faulted in anew: measured, an
+    By default each goes back to the kernel, and every page of it is faulted in anew: measured, an
     eighth of a step. Elsewhere than on glibc nothing happens.
     """
+
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, 2_000_000_000)
-    mallopt(M_TRIM_THRESHOLD, 2_000_000_000)
+
+    def __init__(self):
+        try:
+            self.libc = ctypes.CDLL(None)
+            self.libc.mallopt(self.M_MMAP_THRESHOLD, 2_000_000_000)
+            self.libc.mallopt(self.M_TRIM_THRESHOLD, 2_000_000_000)
+        except (OSError, AttributeError, TypeError):
+            self.libc = None
+
+    def trim(self) -> None:
+        """Give all of it back: between epochs, as buffers of another size would come on top."""
+        if self.libc is not None:
+            self.libc.malloc_trim(0)
 
 
 def _line(row: dict, epochs: int) -> str:

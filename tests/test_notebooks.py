@@ -26,7 +26,8 @@ SMALL = {
 def run_dir(tmp_path_factory):
     """All four, executed; in a folder whose name has a space."""
     folder = tmp_path_factory.mktemp("runs") / "a run"
-    settings = {"dataset": "shapes", "recipe": "quick", "force": True, "device": "cpu"}
+    settings = {"dataset": "shapes", "recipe": "quick", "protocol": "val", "seed": 0}
+    settings |= {"force": True, "device": "cpu"}
     for name, extra in SMALL.items():
         into = folder / "tour" if name == "tuning_CNN_CIFAR10" else folder
         run_notebook.run_notebooks([name], into, settings, extra)

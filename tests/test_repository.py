@@ -8,6 +8,8 @@ import subprocess
 import nbformat
 import pytest
 
+import analysis
+import publish
 import run_directory
 import training
 from tiny_cifar10_net import load_pretrained
@@ -57,6 +59,15 @@ def test_published_weights_reach_the_published_accuracy(folder, real):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert accuracy == pytest.approx(metrics["test_acc"], abs=0.01)
     assert loss == pytest.approx(metrics["test_loss"], abs=1e-4)
+
+
+def test_the_tables_are_those_of_the_runs():
+    runs = analysis.find_runs(publish.RESULTS)
+    readme = (ROOT / "README.md").read_text()
+    assert publish.MARKS.search(readme)
+    assert readme == publish.with_table(readme, runs), "stale: run `make results`"
+    page = (publish.RESULTS / "README.md").read_text()
+    assert page == publish.results_page(runs), "stale: run `make results`"
 
 
 def test_published_files_name_no_folder_of_a_machine():

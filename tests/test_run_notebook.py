@@ -25,7 +25,7 @@ def notebooks(tmp_path, monkeypatch):
 
 
 def test_parameters_reach_the_notebook_and_prints_the_terminal(notebooks, tmp_path, capsys):
-    run_notebooks(["count"], tmp_path / "a run", {"n": 2, "recipe": "not its own"}, {"n": 7})
+    run_notebooks(["count"], tmp_path / "a run", {"n": 2, "other": "not its own"}, {"n": 7})
     assert "counted 7" in capsys.readouterr().out
     assert "counted 7" in (tmp_path / "a run" / "count.ipynb").read_text()
 
@@ -71,3 +71,23 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         SystemExit, match=r"^error: no parameter 'epoch' in training; valid: .*epochs"
     ):
         run_notebook.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["--recipe", "quik"], "error: unknown recipe 'quik'; valid: baseline, quick"),
+        (["--protocol", "test"], "error: unknown protocol 'test'; valid: val, full, test-selected"),
+        (["--seed", "one"], "error: seed must be a whole number from 0"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_at_once(tmp_path, settings, says):
+    with pytest.raises(SystemExit, match=says):
+        run_notebook.main(["stats", "training", "--run", str(tmp_path / "run"), *settings])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_refused_at_once(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"error: the run in .* is finished, and kept.*FORCE=1"):
+        run_notebook.main(["stats", "training", "--run", str(tmp_path)])
