@@ -159,9 +159,7 @@ class Run:
     @property
     def data_title(self) -> str:
         """The data set, as `cifar10.Data.title` has it."""
-        real, limit = self.config["dataset"] == "cifar10", self.config.get("limit")
-        title = "CIFAR-10" if real else "shapes (stand-in, NOT CIFAR-10)"
-        return title if limit is None else f"{title}, {limit:,} training images"
+        return cifar10.title(self.config["dataset"], self.config.get("limit"))
 
     @property
     def protocol(self) -> str:

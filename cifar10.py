@@ -37,10 +37,12 @@ __all__ = [
     "SHAPES",
     "Data",
     "DataError",
+    "DataUnavailable",
     "Stats",
     "channel_stats",
     "load",
     "split",
+    "title",
 ]
 
 ROOT = Path(__file__).resolve().parent  # relative paths count from here, wherever a notebook runs
@@ -99,7 +101,7 @@ class DataError(RuntimeError):
     """A data set that is unknown, can't be had, or isn't what it should be."""
 
 
-class _Unavailable(DataError):
+class DataUnavailable(DataError):
     """CIFAR-10 is neither on the disk nor to be had from its host: `auto` falls back."""
 
 
@@ -119,8 +121,7 @@ class Data:
     @property
     def title(self) -> str:
         """What every figure says about its data."""
-        title = "CIFAR-10" if self.name == "cifar10" else "shapes (stand-in, NOT CIFAR-10)"
-        return title if self.limit is None else f"{title}, {self.limit:,} training images"
+        return title(self.name, self.limit)
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,18 @@ def load(
     if dataset != "shapes":
         try:
             return _pack("cifar10", CLASSES, _cifar10(_data_root(root), progress), limit)
-        except _Unavailable:
+        except DataUnavailable:
             if dataset == "cifar10":
                 raise
         print(BANNER)
         _check_limit(limit, "shapes")
     return _pack("shapes", SHAPES, _shapes(limit or SIZES["shapes"]), limit)
+
+
+def title(name: str, limit: int | None = None) -> str:
+    """What figures and tables call a data set, so that none passes for another."""
+    title = "CIFAR-10" if name == "cifar10" else "shapes (stand-in, NOT CIFAR-10)"
+    return title if limit is None else f"{title}, {limit:,} training images"
 
 
 def split(
@@ -336,7 +343,7 @@ def _fetch(root: Path, progress: bool) -> None:
             "to have CIFAR-10 downloaded."
         )
     if not found and not _answers(CIFAR10.url):
-        raise _unavailable(root, f"gave no answer (waited up to {ANSWER_SECONDS} s)")
+        raise _cant_be_had(root, f"gave no answer (waited up to {ANSWER_SECONDS} s)")
     root.mkdir(parents=True, exist_ok=True)
     _sweep(root)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=root) as partial:
@@ -357,16 +364,16 @@ def _download(archive: Path, root: Path, progress: bool) -> None:
     try:
         download_url_to_file(CIFAR10.url, str(archive), progress=progress)
     except NETWORK_ERRORS as error:
-        raise _unavailable(root, "broke off or stalled") from error
+        raise _cant_be_had(root, "broke off or stalled") from error
     finally:
         socket.setdefaulttimeout(timeout)
     if not check_integrity(archive, CIFAR10.tgz_md5):
-        raise _unavailable(root, "sent something else (its MD5 sum is wrong)")
+        raise _cant_be_had(root, "sent something else (its MD5 sum is wrong)")
 
 
-def _unavailable(root: Path, what: str) -> _Unavailable:
+def _cant_be_had(root: Path, what: str) -> DataUnavailable:
     host = urllib.parse.urlsplit(CIFAR10.url).netloc
-    return _Unavailable(
+    return DataUnavailable(
         f"CIFAR-10 is not in {root} and its host {host} {what}: set CIFAR10_ROOT to the folder "
         f"that holds {CIFAR10.base_folder}, or put {CIFAR10.filename} into {root}, or choose "
         "the dataset shapes."
