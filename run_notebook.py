@@ -92,7 +92,18 @@ def _execute(name: str, run_dir: Path, parameters: dict) -> None:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from error
         raise RuntimeError(f"{error.evalue} [{error.ename}; see {running.name}]") from error
+    _forget_paths(running)
     os.replace(running, finished)
+
+
+def _forget_paths(file: Path) -> None:
+    """papermill notes the full paths of this machine in a notebook that is meant to be shared."""
+    import nbformat
+
+    notebook = nbformat.read(file, as_version=4)
+    for key in ("input_path", "output_path"):
+        notebook.metadata.get("papermill", {}).pop(key, None)
+    nbformat.write(notebook, file)
 
 
 def _declared_parameters(name: str) -> set[str]:

@@ -27,7 +27,9 @@ def notebooks(tmp_path, monkeypatch):
 def test_parameters_reach_the_notebook_and_prints_the_terminal(notebooks, tmp_path, capsys):
     run_notebooks(["count"], tmp_path / "a run", {"n": 2, "other": "not its own"}, {"n": 7})
     assert "counted 7" in capsys.readouterr().out
-    assert "counted 7" in (tmp_path / "a run" / "count.ipynb").read_text()
+    executed = (tmp_path / "a run" / "count.ipynb").read_text()
+    assert "counted 7" in executed
+    assert str(tmp_path) not in executed, "an executed notebook names no folder of the machine"
 
 
 def test_an_unknown_parameter_stops_before_anything_runs(notebooks, tmp_path):
