@@ -2,8 +2,8 @@
 
     runs = find_runs("runs")
     show(runs_table(runs))                      # a table, in a notebook
-    plot_history(runs);                         # a figure, in a notebook
-    plot_history(runs).savefig("curves.png")    # or in a file
+    figure = plot_history(runs)                 # a figure, in a notebook
+    figure.savefig("curves.png")                # or in a file
 
 Tables are markdown, and say the same however often they are made; figures are matplotlib's, and
 say in their title on which data they rest. Nothing here trains, and nothing here writes.

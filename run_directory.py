@@ -30,14 +30,20 @@ class RunError(RuntimeError):
 
 @contextmanager
 def claim(run_dir: Path, config: dict, force: bool):
-    """The run directory, ready to train in, and nobody else's while we do."""
+    """The run directory, ready to train in, and nobody else's while we do.
+
+    A run that is finished, or another than `config` says, is refused, or with `force` removed.
+    """
     _make_folder(run_dir)
     with _locked(run_dir):
-        if force:
+        try:
+            refuse_finished(run_dir)
+            _refuse_another_run(run_dir, config)
+        except RunError:
+            if not force:
+                raise
             for name in FILES:
                 (run_dir / name).unlink(missing_ok=True)
-        refuse_finished(run_dir)
-        _refuse_another_run(run_dir, config)
         if not (run_dir / "config.json").is_file():
             write_json(run_dir / "config.json", config)
         yield
@@ -88,10 +94,12 @@ def _locked(run_dir: Path):
     with open(run_dir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RunError(
                 f"{run_dir} is being trained by another process: wait for it or give another name"
             ) from error
+        except OSError:
+            pass  # a file system without locks
         yield
 
 

@@ -28,7 +28,11 @@ LONGEST = 15  # lines that a cell may print on the terminal; more is a table, fo
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
     try:
-        run_notebooks(args.notebooks, _run_dir(args), _settings(args), dict(args.parameters))
+        settings, extra = _settings(args), dict(args.parameters)
+        # What has a name of its own may be given with -p as well.
+        settings |= {name: extra.pop(name) for name in list(extra) if name in settings}
+        run_dir = _run_dir(args.notebooks, settings, extra)
+        run_notebooks(args.notebooks, run_dir, settings, extra)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -47,7 +51,7 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
             names.
         RuntimeError: the run is finished already; a cell failed; the message is that of its error.
     """
-    _check_training(names, run_dir, settings)
+    names = _remaining(names, run_dir, settings)
     declared = {name: _declared_parameters(name) for name in names}
     unknown = sorted(extra.keys() - set().union(*declared.values()))
     if unknown:
@@ -58,18 +62,27 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
     shown = run_dir.relative_to(ROOT) if run_dir.is_relative_to(ROOT) else run_dir
     given = {**settings, "run_dir": str(shown), **extra}
     _draw_progress_on_the_terminal()
+    os.environ.pop("MPLBACKEND", None)  # kernels draw into their notebook, whatever the shell says
     for name in names:
         _say(f"notebooks/{name}.ipynb -> {shown}/{name}.ipynb")
         _execute(name, run_dir, {k: v for k, v in given.items() if k in declared[name]})
 
 
-def _check_training(names: list[str], run_dir: Path, settings: dict) -> None:
-    """What training would refuse is refused before the notebooks that come first are run."""
+def _remaining(names: list[str], run_dir: Path, settings: dict) -> list[str]:
+    """The notebooks that are still to be run.
+
+    Where training is done and an interrupted command hadn't got to the others, the others. What
+    training would refuse is refused here, before the notebooks that come first are run.
+    """
     if "training" not in names or "recipe" not in settings:
-        return
+        return names
     training.check_settings(settings["recipe"], settings["protocol"], settings["seed"])
-    if not settings["force"]:
+    if settings["force"] or not (run_dir / "metrics.json").is_file():
+        return names
+    left = [n for n in names if n != "training" and not (run_dir / f"{n}.ipynb").is_file()]
+    if not left:
         run_directory.refuse_finished(run_dir)
+    return left
 
 
 def _execute(name: str, run_dir: Path, parameters: dict) -> None:
@@ -186,6 +199,8 @@ def _literal(text: str):
 
 
 def _settings(args) -> dict:
+    if args.force not in (0, 1):  # True and False are these two
+        raise ValueError(f"FORCE must be 0 or 1, not {args.force!r}")
     return {
         "recipe": args.recipe,
         "protocol": args.protocol,
@@ -193,11 +208,21 @@ def _settings(args) -> dict:
         "device": args.device,
         "seed": args.seed,
         "force": bool(args.force),
+        "run_dir": args.run,
     }
 
 
-def _run_dir(args) -> Path:
-    return ROOT / (args.run or f"runs/{args.recipe}-{args.protocol}-seed{args.seed}")
+def _run_dir(names: list[str], settings: dict, extra: dict) -> Path:
+    """The folder asked for; else the tour's own, or the one that `train` would choose."""
+    given = settings.pop("run_dir")
+    if given:
+        return ROOT / given
+    if names == ["tuning_CNN_CIFAR10"]:
+        return ROOT / "runs" / "tour"
+    changes = {k: v for k, v in extra.items() if k in training.Recipe.__dataclass_fields__}
+    training.check_settings(settings["recipe"], settings["protocol"], settings["seed"])
+    recipe = training.get_recipe(settings["recipe"], **changes)
+    return training.run_folder(recipe, settings["protocol"], settings["seed"])
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def load_weights(path: str | Path, model: nn.Module) -> nn.Module:
 
 
 def load_pretrained(run: str | Path = "quick") -> NetCIFAR10_Tiny:
-    """The network of a finished run, in eval mode, with its `classes`, `mean` and `std`.
+    """The network of a run, in eval mode, with its `classes`, `mean` and `std`.
 
     Args:
         run: the name of a published run (a folder under results/), or any run directory's path.
@@ -308,13 +308,14 @@ def load_pretrained(run: str | Path = "quick") -> NetCIFAR10_Tiny:
         FileNotFoundError: no such run.
         ValueError: its weights or its config.json can't be used.
     """
-    folder = Path(run) if Path(run).is_dir() else RESULTS / run
+    published = RESULTS / run
+    folder = published if (published / "config.json").is_file() else Path(run)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        published = sorted(p.parent.name for p in RESULTS.glob("*/config.json"))
+        names = sorted(p.parent.name for p in RESULTS.glob("*/config.json"))
         raise FileNotFoundError(
             f"no run at {str(run)!r}: expected the path of a run directory (it holds config.json "
-            f"and best.pt) or one of {', '.join(published) or '(nothing is published yet)'}"
+            f"and best.pt) or one of {', '.join(names) or '(nothing is published yet)'}"
         )
     try:
         config = json.loads(config_file.read_text())
@@ -390,6 +391,10 @@ def _as_rgb(image) -> Image.Image:
             "predict takes a path, a PIL image or a uint8 array of shape (H, W, 3); "
             f"got {type(image).__name__}"
         )
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(
+            f"predict takes pictures of 8 bits a channel; got mode {image.mode!r}: convert it first"
+        )
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
@@ -399,7 +404,7 @@ def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} can't be read as a picture (expected PNG, JPEG or the like): {error}"
         ) from error

@@ -238,13 +238,14 @@ def train(
 
     Args:
         recipe: a name in RECIPES, or a Recipe.
-        run_dir: the run directory; None: `run_folder(...)` under runs/.
+        run_dir: the run directory, a relative one counted from the repository's root; None:
+            `run_folder(...)`.
         seed: decides initial weights, order and augmentation; not the train/val split.
         protocol: a name in PROTOCOLS.
         dataset: a name for `cifar10.load`, or what it returned.
         device: auto (CUDA, else MPS, else CPU), or a torch device name.
         workers: loader processes for the per-sample builds; changes the speed, not the bits.
-        force: replace a run that is already there.
+        force: replace a run that is there already, if it is finished or another one.
         progress: draw bars and print a line an epoch; False is silent.
 
     Returns:
@@ -258,9 +259,11 @@ def train(
     recipe = get_recipe(recipe)
     check_settings(recipe, protocol, seed)
     _check_number("workers", workers, int, 0, 64)
+    if not isinstance(force, bool):
+        raise ValueError(f"force must be True or False, not {force!r}")
     device = pick_device(device)
     data = dataset if isinstance(dataset, cifar10.Data) else cifar10.load(dataset)
-    run_dir = run_folder(recipe, protocol, seed) if run_dir is None else Path(run_dir)
+    run_dir = run_folder(recipe, protocol, seed) if run_dir is None else ROOT / run_dir
 
     problem = _Problem(data, protocol)
     if recipe.batch_size > len(problem.train_index):
@@ -468,7 +471,7 @@ class _Run:
         file = self.run_dir / "last.pt"
         if not file.is_file():
             return
-        state = torch.load(file, map_location=self.device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         self.history = state["history"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -783,9 +786,14 @@ def _git_commit() -> str | None:
 
 def _command(recipe, seed, protocol, data) -> str:
     """The call that repeats this run."""
-    base = RECIPES.get(recipe.name.split("-")[0], Recipe("custom"))
+    preset = RECIPES.get(recipe.name.split("-")[0])
+    base = preset or Recipe("")
     changed = {k: v for k, v in asdict(recipe).items() if v != getattr(base, k) and k != "name"}
-    how = repr(base.name) if not changed else f"get_recipe({base.name!r}, **{changed})"
+    how = repr(recipe.name)
+    if preset is None:
+        how = f"Recipe({recipe.name!r}, **{changed})"
+    elif changed:
+        how = f"get_recipe({preset.name!r}, **{changed})"
     source = (
         f"dataset={data.name!r}"
         if data.limit is None

@@ -3,13 +3,15 @@
 import os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # see the Makefile
 
+import matplotlib
 import pytest
 
 import cifar10
+
+matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
 
 
 @pytest.fixture(scope="session")

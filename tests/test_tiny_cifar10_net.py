@@ -272,12 +272,19 @@ def test_predict_says_what_came_and_what_it_takes(model, image, says):
         predict(image, model)
 
 
-def test_unreadable_pictures_are_named(model, tmp_path):
+def test_unreadable_pictures_are_named(model, tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     with pytest.raises(ValueError, match=r"broken\.png can't be read as a picture"):
         predict(tmp_path / "broken.png", model)
     with pytest.raises(FileNotFoundError, match="no picture at"):
         predict(tmp_path / "absent.png", model)
+    Image.new("I;16", (40, 40), 30_000).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="8 bits a channel; got mode 'I;16'"):
+        predict(tmp_path / "deep.png", model)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (40, 40)).save(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match=r"huge\.png can't be read"):
+        predict(tmp_path / "huge.png", model)
 
 
 def test_predict_needs_to_know_how_inputs_were_normalised():

@@ -101,6 +101,7 @@ def test_unknown_names_list_the_valid_ones(tiny, tmp_path):
         ({"seed": "1"}, "seed must be a whole number"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"workers": -1}, "workers must be"),
+        ({"force": "no"}, "force must be True or False, not 'no'"),
         ({"device": "gpu"}, "unknown device 'gpu'; valid: auto, cpu"),
         ({"recipe": get_recipe(SMALL, batch_size=181)}, "batch_size .* from 1 to 180, the number"),
         ({"recipe": "baseline", "protocol": "full"}, "plateau"),
@@ -118,6 +119,15 @@ def test_an_absent_gpu_is_refused_and_auto_goes_without(tiny, tmp_path):
     with pytest.raises(ValueError, match="device 'cuda' isn't there; use device='auto'"):
         train(SMALL, tmp_path / "r", dataset=tiny, device="cuda")
     assert training.pick_device("auto").type in ("cpu", "mps")
+
+
+def test_the_noted_command_repeats_the_recipe(tiny):
+    for recipe in (RECIPES["quick"], get_recipe("baseline", epochs=3), SMALL):
+        command = training._command(recipe, 7, "val", tiny)
+        names = {"Recipe": Recipe, "get_recipe": get_recipe, "load": cifar10.load}
+        repeated, options = eval(command, {**names, "train": lambda *a, **k: (a[0], k)})
+        assert get_recipe(repeated) == recipe
+        assert (options["seed"], options["dataset"].checksum) == (7, tiny.checksum)
 
 
 def test_a_changed_preset_does_not_pass_as_the_preset():
