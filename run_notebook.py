@@ -215,13 +215,13 @@ def _settings(args) -> dict:
 def _run_dir(names: list[str], settings: dict, extra: dict) -> Path:
     """The folder asked for; else the tour's own, or the one that `train` would choose."""
     given = settings.pop("run_dir")
+    changes = {k: v for k, v in extra.items() if k in training.Recipe.__dataclass_fields__}
+    training.check_settings(settings["recipe"], settings["protocol"], settings["seed"])
+    recipe = training.get_recipe(settings["recipe"], **changes)
     if given:
         return ROOT / given
     if names == ["tuning_CNN_CIFAR10"]:
         return ROOT / "runs" / "tour"
-    changes = {k: v for k, v in extra.items() if k in training.Recipe.__dataclass_fields__}
-    training.check_settings(settings["recipe"], settings["protocol"], settings["seed"])
-    recipe = training.get_recipe(settings["recipe"], **changes)
     return training.run_folder(recipe, settings["protocol"], settings["seed"])
 
 

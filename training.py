@@ -181,7 +181,7 @@ RECIPES = {
         # that are small in memory, and only as much augmentation as so few epochs can use.
         Recipe(
             "quick",
-            epochs=5,
+            epochs=4,
             batch_size=32,
             lr=0.06,
             decay_all=False,
@@ -190,7 +190,7 @@ RECIPES = {
             stop_patience=None,
             policy="light",
             start_side=16,
-            grow=0.8,
+            grow=0.75,
         ),
     )
 }
