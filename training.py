@@ -462,7 +462,6 @@ class _Run:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "best": (self.best_epoch, self.best_loss, self.best_weights),
-            "next_epoch_key": _key(self.seed, len(self.history) + 1),
         }
         write(self.run_dir / "last.pt", _torch_bytes(state))
         self._write_derived()

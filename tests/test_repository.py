@@ -70,6 +70,13 @@ def test_the_tables_are_those_of_the_runs():
     assert page == publish.results_page(runs), "stale: run `make results`"
 
 
+def test_the_readmes_first_paragraphs_quote_the_run():
+    metrics = json.loads((publish.RESULTS / "quick" / "metrics.json").read_text())
+    first_screen = (ROOT / "README.md").read_text().split("```")[0]
+    assert f"**{metrics['test_acc']:.2f} % test accuracy**" in first_screen
+    assert f"{metrics['test_acc_tta']:.2f} % with flips" in first_screen
+
+
 def test_published_files_name_no_folder_of_a_machine():
     home = re.compile(r"(?<![\w.:/])/(home|root|Users|work|mnt|tmp)/")
     for path in (ROOT / "results").rglob("*"):
