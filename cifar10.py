@@ -223,7 +223,7 @@ def split(
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def channel_stats(images: np.ndarray) -> Stats:
+def channel_stats(images: np.ndarray, index: np.ndarray | None = None) -> Stats:
     """Mean and population standard deviation of each channel, of pixels scaled to 0..1.
 
     Exact: sums are integers of any size, and only the last division and root are rounded. (The
@@ -231,6 +231,7 @@ def channel_stats(images: np.ndarray) -> Stats:
 
     Args:
         images: uint8 (N, H, W, 3), N at least 1.
+        index: integers (M,), M at least 1: count only these images; None counts all.
 
     Raises:
         ValueError: another dtype or shape.
@@ -241,13 +242,19 @@ def channel_stats(images: np.ndarray) -> Stats:
             f"images must be uint8 of shape (N, H, W, 3), got {images.dtype} of shape "
             f"{images.shape}."
         )
+    index = np.arange(len(images)) if index is None else np.asarray(index)
+    if index.ndim != 1 or index.dtype.kind not in "iu" or not index.size:
+        raise ValueError(
+            f"index must be a list of one integer or more, got {index.dtype} of shape "
+            f"{index.shape}."
+        )
     histograms = np.zeros((3, 256), dtype=np.int64)
-    for start in range(0, len(images), 1000):  # bincount makes int64 of its input: small bites
+    for start in range(0, len(index), 1000):  # bincount makes int64 of its input: small bites
+        part = images[index[start : start + 1000]]
         for channel, histogram in enumerate(histograms):
-            pixels = images[start : start + 1000, ..., channel].ravel()
-            histogram += np.bincount(pixels, minlength=256)
+            histogram += np.bincount(part[..., channel].ravel(), minlength=256)
 
-    n = images.size // 3
+    n = len(index) * images.shape[1] * images.shape[2]
     values = np.arange(256)
     sums = [int(histogram @ values) for histogram in histograms]
     squares = [int(histogram @ values**2) for histogram in histograms]

@@ -505,6 +505,15 @@ def test_stats_against_float64():
     assert all(type(x) is float for x in stats.mean + stats.std)
 
 
+def test_stats_of_some_images():
+    images = np.random.default_rng(0).integers(0, 256, (2500, 4, 4, 3), dtype=np.uint8)
+    index = np.arange(1, 2500, 2)
+    assert channel_stats(images, index) == channel_stats(images[index])
+    for wrong in ([], [0.5], [[1, 2]]):
+        with pytest.raises(ValueError, match="index must be a list"):
+            channel_stats(images, np.array(wrong))
+
+
 def test_stats_of_a_constant():
     stats = channel_stats(np.full((3, 2, 2, 3), 255, dtype=np.uint8))
     assert (stats.mean, stats.std) == ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))

@@ -13,6 +13,7 @@ import tiny_cifar10_net
 from tiny_cifar10_net import (
     DepthwiseConv,
     NetCIFAR10_Tiny,
+    fuse,
     layer_costs,
     load_pretrained,
     load_weights,
@@ -92,6 +93,15 @@ def test_the_fast_dilated_convolution_is_torchs_own(dilation, size):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), plain)
+
+
+def test_a_dilated_convolution_under_autocast():
+    """Mixed precision takes torch's own path: the other one is for a single dtype."""
+    conv, x = DepthwiseConv(8, dilation=2), torch.randn(2, 8, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and conv.weight.grad.dtype == torch.float32
 
 
 def test_outputs_are_log_probabilities(model):
@@ -300,3 +310,45 @@ def test_the_command_line_prints_classes_and_errors(run_dir, capsys):
     assert lines[0].split()[1] in CLASSES
     with pytest.raises(SystemExit, match="error: no picture at"):
         tiny_cifar10_net.main(["absent.png", "--run", str(run_dir)])
+
+
+# ------------------------------------------------------------------------------------------ fuse
+
+
+def trained(**options):
+    """A network whose BatchNorms have seen something, in eval mode."""
+    torch.manual_seed(0)
+    net = NetCIFAR10_Tiny(**options)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+    with torch.no_grad():
+        for _ in range(5):
+            net(torch.randn(32, 3, 32, 32))
+    return net.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"separable": False}, {"dilated": False, "width": 0.5}])
+def test_fused_gives_the_same_outputs(options):
+    net, x = trained(**options), torch.randn(16, 3, 32, 32)
+    before = net(x)
+    fused = fuse(net)
+    for out in (fused(x), fused(x).detach()):
+        torch.testing.assert_close(out, before, rtol=0, atol=1e-5)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules()), "a copy is fused"
+    torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+
+
+def test_fuse_refuses_training_mode():
+    with pytest.raises(ValueError, match="eval mode"):
+        fuse(NetCIFAR10_Tiny().train())
+
+
+def test_a_fused_network_keeps_what_predict_needs():
+    net = trained()
+    net.classes, net.mean, net.std = tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    plain, fused = dict(predict(picture, net)), dict(predict(picture, fuse(net)))
+    assert fused == pytest.approx(plain, abs=1e-4)

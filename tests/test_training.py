@@ -1,5 +1,6 @@
 """Recipes, protocols and the training loop, against plain PyTorch written out by hand."""
 
+import copy
 import csv
 import json
 import math
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import augment
 import cifar10
 import training
+from engine import CompiledNetwork
 from run_directory import RunError
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
 from training import RECIPES, Recipe, get_recipe, log_probabilities, train
@@ -28,7 +30,7 @@ def history(folder):
 def outcome(folder):
     """All that must repeat: the curves, the metrics but for times and code, the weights."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    for name in ("name", "seconds_train", "images_per_second", "git_commit"):
+    for name in ("name", "seconds_train", "images_per_second", "git_commit", "peak_memory_mib"):
         del metrics[name]
     return history(folder), metrics, torch.load(folder / "best.pt", weights_only=True)
 
@@ -101,6 +103,7 @@ def test_unknown_names_list_the_valid_ones(tiny, tmp_path):
         ({"seed": "1"}, "seed must be a whole number"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"workers": -1}, "workers must be"),
+        ({"compile": "yes"}, "compile must be True, False or 'auto'"),
         ({"force": "no"}, "force must be True or False, not 'no'"),
         ({"device": "gpu"}, "unknown device 'gpu'; valid: auto, cpu"),
         ({"recipe": get_recipe(SMALL, batch_size=181)}, "batch_size .* from 1 to 180, the number"),
@@ -219,7 +222,7 @@ def test_one_cycle_peaks_where_told_and_ends_near_zero():
 
 def test_pictures_grow_to_their_own_size(tiny, tmp_path, monkeypatch):
     recipe = get_recipe(SMALL, epochs=5, start_side=16, grow=0.6)
-    assert [recipe.side(epoch) for epoch in range(1, 6)] == [16, 20, 24, 32, 32]
+    assert [recipe.side(epoch) for epoch in range(1, 6)] == [16, 16, 24, 32, 32]
     assert {SMALL.side(epoch) for epoch in range(1, 4)} == {32}
     fed, step = [], training._Run._step
 
@@ -229,9 +232,68 @@ def test_pictures_grow_to_their_own_size(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training._Run, "_step", spy)
     train(get_recipe(recipe, epochs=2), tmp_path / "r", dataset=tiny, progress=False)
-    assert fed == [(16, 16)] * 6 + [(28, 28)] * 6
+    assert fed == [(16, 16)] * 6 + [(24, 24)] * 6
     flat = torch.full((1, 3, 32, 32), 0.7)
     torch.testing.assert_close(training._resized(flat, 20), flat[:, :, :20, :20])
+
+
+def test_compiled_where_it_pays():
+    sides = lambda recipe, n, mode="auto": training._worth_compiling(  # noqa: E731
+        recipe, n, torch.device("cpu"), mode
+    )
+    assert sides(RECIPES["quick"], 45_000) == {16, 24, 32}
+    assert sides(RECIPES["quick"], 9_000) == set(), "the stand-in: compiling takes longer"
+    assert sides(RECIPES["baseline"], 45_000) == {32}
+    assert sides(RECIPES["baseline"], 45_000, False) == set()
+    assert sides(RECIPES["quick"], 100, True) == {16, 24, 32}
+
+
+def test_the_compiled_network_trains_alike(tiny, tmp_path):
+    """Also the last batch, which is a smaller one: 180 pictures in batches of 64."""
+    recipe = get_recipe(SMALL, epochs=1, batch_size=64, lr=0.01)
+    plain = train(recipe, tmp_path / "plain", dataset=tiny, compile=False, progress=False)
+    compiled = train(recipe, tmp_path / "compiled", dataset=tiny, compile=True, progress=False)
+    if not compiled["compiled_sides"]:
+        pytest.skip("no compiler here")
+    assert plain["compiled_sides"] == []
+    assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-4)
+
+
+def test_compiled_gradients_are_as_exact_as_plain_ones(tiny):
+    """Both against double precision; the two ways only round differently."""
+    stats = cifar10.channel_stats(tiny.train_images)
+    make = augment.Batched("none", stats.mean, stats.std)
+    images, labels = make(torch.from_numpy(tiny.train_images[:64])), tiny.train_labels[:64]
+
+    def gradient(model, network, images):
+        F.nll_loss(network(images), torch.from_numpy(labels)).backward()
+        return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+    torch.manual_seed(0)
+    nets = [NetCIFAR10_Tiny().to(memory_format=torch.channels_last)]
+    nets += [copy.deepcopy(nets[0]) for _ in range(2)]
+    compiled = CompiledNetwork(nets[1], batch_size=64, sides={32})
+    plain, ours = gradient(nets[0], nets[0], images), gradient(nets[1], compiled, images)
+    if not compiled.sides:
+        pytest.skip("no compiler here")
+    exact = gradient(nets[2].double(), nets[2], images.double())
+    assert (ours - exact).norm() < 2 * (plain - exact).norm()
+    assert (ours - exact).norm() < 0.05 * exact.norm()
+
+
+def test_without_a_compiler_training_goes_on(tiny, tmp_path, monkeypatch):
+    def no_compiler(model, **options):
+        def program(images):
+            raise RuntimeError("No working C++ compiler found")
+
+        return program
+
+    monkeypatch.setattr("engine.compile", no_compiler)
+    with pytest.warns(UserWarning, match=r"torch.compile failed.*No working C\+\+ compiler"):
+        metrics = train(SMALL, tmp_path / "r", dataset=tiny, compile=True, progress=False)
+    assert metrics["compiled_sides"] == []
+    train(SMALL, tmp_path / "plain", dataset=tiny, compile=False, progress=False)
+    assert_same_outcome(tmp_path / "r", tmp_path / "plain")
 
 
 def test_plateau_drops_the_rate_and_stopping_restores_the_best(tiny, tmp_path, monkeypatch):
@@ -278,6 +340,7 @@ def test_ema_is_the_average_it_claims(tiny, tmp_path, monkeypatch):
 
 
 def test_protocols_differ_in_what_they_may_see(tiny, tmp_path, monkeypatch):
+    recipe = get_recipe(SMALL, min_delta=0.0)  # the best epoch is the lowest loss, however close
     looked = []
     look = training.log_probabilities
 
@@ -288,7 +351,7 @@ def test_protocols_differ_in_what_they_may_see(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "log_probabilities", spy)
     n_test = len(tiny.test_labels)
 
-    metrics = train(SMALL, tmp_path / "val", dataset=tiny, progress=False)
+    metrics = train(recipe, tmp_path / "val", dataset=tiny, progress=False)
     assert looked == [20, 20, 20, n_test, n_test], "test: once plain, once with flips, at the end"
     config = json.loads((tmp_path / "val" / "config.json").read_text())
     train_index, val_index = cifar10.split(tiny.train_labels)

@@ -1,0 +1,159 @@
+"""The two ways of training that are compared, each in a process of its own.
+
+    python benchmarks/contestants.py reference
+
+answers each line `N` on its input with a line of JSON: the seconds that its next N steps took. A
+process of its own, since the allocator's setting and the threads' behaviour belong to a process.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+BATCH = 128
+POLICY = "reference"
+
+
+def reference():
+    """Training as the reference notebook does it, a step each time `next` is called.
+
+    The same network and policy; one picture at a time by albumentations in a DataLoader with two
+    workers; NCHW, float32, eager; loss and hits read at every step.
+    """
+    import cifar10
+    import tiny_cifar10_net
+    from augment import albumentations_transform
+
+    # The network as its author has it: no detour for dilated depthwise convolutions.
+    tiny_cifar10_net.DepthwiseConv.forward = torch.nn.Conv2d.forward
+    data = cifar10.load()
+    stats = cifar10.channel_stats(data.train_images)
+    transform = albumentations_transform(POLICY, stats.mean, stats.std)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pictures = Pictures(data.train_images, data.train_labels, transform)
+    loader = torch.utils.data.DataLoader(
+        pictures, BATCH, shuffle=True, num_workers=2, drop_last=True
+    )
+    model = tiny_cifar10_net.NetCIFAR10_Tiny().to(device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.045, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    loss_sum = hits = 0.0
+    while True:
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            output = model(images)
+            loss = F.nll_loss(output, labels)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item()
+            hits += (output.argmax(dim=1) == labels).sum().item()
+            yield {}
+
+
+class Pictures(Dataset):
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(image=self.images[i])["image"], self.labels[i]
+
+
+def ours(compiled=True, threads=None):
+    """The engine of training.py, a step each time `next` is called; yields a step's parts."""
+    import cifar10
+    import training
+
+    if threads:
+        torch.set_num_threads(threads)
+    device = training.pick_device()
+    recipe = training.get_recipe("baseline", batch_size=BATCH, policy=POLICY, name="bench")
+    problem = training._Problem(cifar10.load(), "full")
+    with tempfile.TemporaryDirectory() as folder, training._repeatable():
+        run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, compiled)
+        run.model.train()
+        epoch = 0
+        while True:
+            epoch += 1
+            yield from steps(run, run.feed.epoch(epoch))
+
+
+def steps(run, batches):
+    """Whole batches through the parts of `_Run._step`, with a clock between them."""
+    clock = Clock(run.device)
+    for images, labels in batches:
+        if len(labels) < BATCH:
+            break
+        clock.lap("data and augmentation")
+        output = run.network(images)
+        loss = F.nll_loss(output, labels)
+        clock.lap("forward")
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        clock.lap("backward")
+        run.optimizer.step()
+        (output.detach().argmax(dim=1) == labels).sum()
+        clock.lap("optimizer and metrics")
+        yield clock.laps
+        clock.start()
+
+
+class Clock:
+    """Seconds by part of a step. On a GPU, where steps overlap, the parts aren't told apart."""
+
+    def __init__(self, device):
+        self.cpu = device.type == "cpu"
+        self.laps: dict[str, float] = {}
+        self.start()
+
+    def start(self):
+        self.laps, self.last = {}, time.perf_counter()
+
+    def lap(self, name):
+        if self.cpu:
+            now = time.perf_counter()
+            self.laps[name], self.last = now - self.last, now
+
+
+CONTESTANTS = {
+    "reference": reference,
+    "ours": ours,
+    "ours-eager": lambda: ours(compiled=False),
+    "ours-one-thread": lambda: ours(threads=1),
+}
+
+
+def wait_for_device():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main():
+    import engine
+
+    contestant = CONTESTANTS[sys.argv[1]]()
+    next(contestant)  # the first step: loads the data and compiles
+    wait_for_device()
+    print(json.dumps({"peak_memory_mib": engine.peak_memory()}), flush=True)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        laps = [next(contestant) for _ in range(int(line))]
+        wait_for_device()
+        seconds = time.perf_counter() - started
+        parts = {name: sum(lap[name] for lap in laps) for name in laps[0]}
+        answer = {"seconds": seconds, "parts": parts, "peak_memory_mib": engine.peak_memory()}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

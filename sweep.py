@@ -1,0 +1,151 @@
+"""Many runs: every recipe with every seed, several at once, each an ordinary run directory.
+
+    from sweep import train_many
+    table = train_many(["quick", get_recipe("quick", lr=0.1)], seeds=[0, 1, 2])
+
+    python -m sweep quick baseline --seeds 0 1 2
+
+A net this small fills neither a GPU nor, with several threads, a CPU: processes side by side do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from run_directory import RunError
+from training import ROOT, Recipe, check_settings, get_recipe, pick_device, run_folder, train
+
+__all__ = ["train_many"]
+
+# Measured on nothing yet but a guess from the net's size: a process holds 0.5 GB of a GPU.
+JOBS_ON_A_GPU = 8
+
+
+def train_many(
+    recipes: Iterable[str | Recipe],
+    seeds: Iterable[int] = (0,),
+    *,
+    protocol: str = "val",
+    dataset: str = "auto",
+    device: str = "auto",
+    folder: str | Path = "runs",
+    jobs: int | None = None,
+    progress: bool = True,
+) -> list[dict]:
+    """Train every recipe with every seed; finished runs are kept, interrupted ones go on.
+
+    Called from a script, it has to stand under `if __name__ == "__main__":`, as for any program
+    that starts processes.
+
+    Args:
+        recipes: names in `training.RECIPES`, or recipes; no two of the same name.
+        seeds: whole numbers.
+        protocol, dataset, device: as for `train`; the data set by name.
+        folder: where the run directories go, called `<recipe>-<protocol>-seed<seed>`.
+        jobs: how many at once; None is one a core on a CPU, up to 8 on a GPU. The cores are
+            shared out among them, and each thread count rounds in its own way: for the same bits
+            give the same number of jobs.
+        progress: print a line for each run that ends.
+
+    Returns:
+        What each metrics.json holds, recipe by recipe, in the order of the seeds.
+
+    Raises:
+        ValueError: bad input, before anything is run.
+        RunError: some runs failed, which are named; all others are finished.
+    """
+    tasks = _tasks([get_recipe(r) for r in recipes], list(seeds), protocol, ROOT / folder)
+    if not isinstance(dataset, str):
+        raise ValueError("dataset must be a name here: each process loads it by itself")
+    waiting = [task for task in tasks if not _finished(task[2])]
+    jobs, threads = _share_out(len(waiting), pick_device(device), jobs)
+    failed = {}
+    if waiting:
+        context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
+        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+            work = partial(_train, protocol=protocol, dataset=dataset, device=device)
+            futures = {pool.submit(work, *task): task[2] for task in waiting}
+            try:
+                for future in as_completed(futures):
+                    _report(futures[future], future.exception(), failed, progress)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    if failed:
+        reasons = "; ".join(f"{folder.name}: {error}" for folder, error in failed.items())
+        raise RunError(f"{len(failed)} of {len(tasks)} runs failed, the others are done. {reasons}")
+    return [json.loads((run_dir / "metrics.json").read_text()) for *_, run_dir in tasks]
+
+
+def _tasks(recipes: list[Recipe], seeds: list[int], protocol: str, folder: Path) -> list[tuple]:
+    if not recipes or not seeds:
+        raise ValueError("nothing to train: give at least one recipe and one seed")
+    tasks = []
+    for recipe in recipes:
+        for seed in seeds:
+            check_settings(recipe, protocol, seed)
+            tasks.append((recipe, seed, folder / run_folder(recipe, protocol, seed).name))
+    names = [run_dir.name for *_, run_dir in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two runs would go into {twice[0]}: name recipes and seeds only once")
+    return tasks
+
+
+def _share_out(runs: int, device: torch.device, jobs: int | None) -> tuple[int, int]:
+    """(processes, threads of each)."""
+    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
+        raise ValueError(f"jobs must be a whole number of 1 or more, or None; got {jobs!r}")
+    cores = torch.get_num_threads()
+    jobs = jobs or (cores if device.type == "cpu" else JOBS_ON_A_GPU)
+    jobs = max(1, min(jobs, runs))
+    return jobs, max(1, cores // jobs)
+
+
+def _finished(run_dir: Path) -> bool:
+    return (run_dir / "metrics.json").is_file()
+
+
+def _train(recipe: Recipe, seed: int, run_dir: Path, **settings) -> None:
+    train(recipe, run_dir, seed=seed, progress=False, **settings)
+
+
+def _report(run_dir: Path, error: BaseException | None, failed: dict, progress: bool) -> None:
+    if error is not None:
+        failed[run_dir] = error
+        line = f"failed: {error}"
+    else:
+        metrics = json.loads((run_dir / "metrics.json").read_text())
+        line = f"test {metrics['test_acc']:.2f} % on {metrics['dataset']}"
+    if progress:
+        print(f"{run_dir.name}  {line}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--protocol", default="val")
+    parser.add_argument("--dataset", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", default="runs")
+    parser.add_argument("--jobs", type=int, default=None)
+    try:
+        train_many(**vars(parser.parse_args(argv)))
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on from the last finished epochs")
+
+
+if __name__ == "__main__":
+    main()
