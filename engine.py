@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 import warnings
 from collections.abc import Collection
@@ -28,6 +29,8 @@ class CompiledNetwork:
 
     def __init__(self, model: nn.Module, batch_size: int, sides: Collection[int]):
         self.model, self.batch_size, self.sides = model, batch_size, set(sides)
+        # It warns of a CUDA toolkit without a GPU, which is of no concern here.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
         self.program = compile(model, dynamic=False)
 
