@@ -17,6 +17,10 @@ FORCE ?= 0
 RUN ?=
 PARAMS ?=
 IMAGE ?=
+RECIPES ?= $(RECIPE)
+SEEDS ?= 0 1 2
+JOBS ?=
+BENCH ?=
 
 # albumentations otherwise asks the package index for news at every import.
 export NO_ALBUMENTATIONS_UPDATE := 1
@@ -28,7 +32,7 @@ SETTINGS = --recipe "$(RECIPE)" --protocol "$(PROTOCOL)" --dataset "$(DATASET)" 
 	--device "$(DEVICE)" --force "$(FORCE)" --run "$(RUN)" $(PARAMS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook stats train analysis tour lab predict results test test-fast lint clean
+.PHONY: help env run-notebook stats train analysis tour lab predict sweep bench results test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +45,7 @@ help: ## this list
 	@echo "    SEED      any whole number                              (0)"
 	@echo "    DEVICE    auto, cpu, cuda or mps                        (auto)"
 	@echo "    RUN       the run directory                             (runs/RECIPE-PROTOCOL-seedSEED)"
+	@echo "    RECIPES SEEDS JOBS   of make sweep             (RECIPE; 0 1 2; one a core)"
 	@echo "    FORCE     1 replaces a finished run                     (0)"
 	@echo '    PARAMS    more parameters of the notebooks, e.g. PARAMS="-p epochs 5"'
 	@echo "    CIFAR10_ROOT  the folder that holds cifar-10-batches-py (./data)"
@@ -76,6 +81,13 @@ lab: env ## open the notebooks in JupyterLab (LAB="--no-browser" for its own opt
 predict: env ## classify a picture: make predict IMAGE=cat.jpg
 	@test -n "$(IMAGE)" || { echo "error: name a picture, e.g. make predict IMAGE=cat.jpg"; exit 2; }
 	@$(PY) -m tiny_cifar10_net "$(IMAGE)" $(if $(RUN),--run "$(RUN)")
+
+sweep: env ## train RECIPES with SEEDS, several runs at once
+	@$(PY) -m sweep $(RECIPES) --seeds $(SEEDS) --protocol "$(PROTOCOL)" --dataset "$(DATASET)" \
+		--device "$(DEVICE)" $(if $(JOBS),--jobs "$(JOBS)")
+
+bench: env ## speed beside the reference's loop, into benchmarks/ (about five minutes; keep the machine quiet)
+	@$(PY) benchmarks/bench.py $(BENCH)
 
 results: env ## rebuild the tables and curves of results/ from its run directories
 	@$(PY) publish.py

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import run_directory
-import training
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         settings, extra = _settings(args), dict(args.parameters)
         # What has a name of its own may be given with -p as well.
         settings |= {name: extra.pop(name) for name in list(extra) if name in settings}
-        run_dir = _run_dir(args.notebooks, settings, extra)
+        run_dir = _run_dir(args.notebooks, settings, extra)  # refuses what training would refuse
         run_notebooks(args.notebooks, run_dir, settings, extra)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
@@ -71,12 +72,10 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
 def _remaining(names: list[str], run_dir: Path, settings: dict) -> list[str]:
     """The notebooks that are still to be run.
 
-    Where training is done and an interrupted command hadn't got to the others, the others. What
-    training would refuse is refused here, before the notebooks that come first are run.
+    Where training is done and an interrupted command hadn't got to the others, the others.
     """
     if "training" not in names or "recipe" not in settings:
         return names
-    training.check_settings(settings["recipe"], settings["protocol"], settings["seed"])
     if settings["force"] or not (run_dir / "metrics.json").is_file():
         return names
     left = [n for n in names if n != "training" and not (run_dir / f"{n}.ipynb").is_file()]
@@ -215,13 +214,21 @@ def _settings(args) -> dict:
 def _run_dir(names: list[str], settings: dict, extra: dict) -> Path:
     """The folder asked for; else the tour's own, or the one that `train` would choose."""
     given = settings.pop("run_dir")
-    changes = {k: v for k, v in extra.items() if k in training.Recipe.__dataclass_fields__}
-    training.check_settings(settings["recipe"], settings["protocol"], settings["seed"])
-    recipe = training.get_recipe(settings["recipe"], **changes)
+    # In a process that ends: torch takes 0.4 GB, which the notebooks' kernels have better use for.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        chosen = pool.submit(_checked_run_folder, settings, extra).result()
     if given:
         return ROOT / given
-    if names == ["tuning_CNN_CIFAR10"]:
-        return ROOT / "runs" / "tour"
+    return ROOT / "runs" / "tour" if names == ["tuning_CNN_CIFAR10"] else chosen
+
+
+def _checked_run_folder(settings: dict, extra: dict) -> Path:
+    """`training.run_folder`, once training has seen that it can use these settings."""
+    import training
+
+    changes = {k: v for k, v in extra.items() if k in training.Recipe.__dataclass_fields__}
+    recipe = training.get_recipe(settings["recipe"], **changes)
+    training.check_settings(recipe, settings["protocol"], settings["seed"])
     return training.run_folder(recipe, settings["protocol"], settings["seed"])
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
+from cifar10 import Data
 from run_directory import RunError
 from training import ROOT, Recipe, check_settings, get_recipe, pick_device, run_folder, train
 
 __all__ = ["train_many"]
 
-# Measured on nothing yet but a guess from the net's size: a process holds 0.5 GB of a GPU.
-JOBS_ON_A_GPU = 8
+JOBS_ON_A_GPU = 8  # a guess, not yet measured: each needs a core to feed it and 1 GB of the GPU
 
 
 def train_many(
@@ -35,7 +35,7 @@ def train_many(
     seeds: Iterable[int] = (0,),
     *,
     protocol: str = "val",
-    dataset: str = "auto",
+    dataset: str | Data = "auto",
     device: str = "auto",
     folder: str | Path = "runs",
     jobs: int | None = None,
@@ -49,7 +49,7 @@ def train_many(
     Args:
         recipes: names in `training.RECIPES`, or recipes; no two of the same name.
         seeds: whole numbers.
-        protocol, dataset, device: as for `train`; the data set by name.
+        protocol, dataset, device: as for `train`.
         folder: where the run directories go, called `<recipe>-<protocol>-seed<seed>`.
         jobs: how many at once; None is one a core on a CPU, up to 8 on a GPU. The cores are
             shared out among them, and each thread count rounds in its own way: for the same bits
@@ -64,8 +64,6 @@ def train_many(
         RunError: some runs failed, which are named; all others are finished.
     """
     tasks = _tasks([get_recipe(r) for r in recipes], list(seeds), protocol, ROOT / folder)
-    if not isinstance(dataset, str):
-        raise ValueError("dataset must be a name here: each process loads it by itself")
     waiting = [task for task in tasks if not _finished(task[2])]
     jobs, threads = _share_out(len(waiting), pick_device(device), jobs)
     failed = {}
@@ -79,6 +77,8 @@ def train_many(
                     _report(futures[future], future.exception(), failed, progress)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()  # safe at any moment, as run directories are
                 raise
     if failed:
         reasons = "; ".join(f"{folder.name}: {error}" for folder, error in failed.items())

@@ -1,0 +1,67 @@
+"""Many runs at once: ordinary run directories, each as `train` would have made it alone."""
+
+import json
+
+import pytest
+import torch
+
+import sweep
+from run_directory import RunError
+from sweep import train_many
+from training import Recipe, train
+
+SMALL = Recipe("small", epochs=1, batch_size=32, lr=0.05, schedule="one_cycle", policy="light")
+FAILING = Recipe("failing", epochs=1, batch_size=32, lr=99, schedule="constant")
+
+
+def test_runs_are_what_train_makes_and_finished_ones_are_kept(tiny, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    many = train_many([SMALL], seeds=[3, 4], dataset=tiny, folder=tmp_path, jobs=threads)
+    assert [m["seed"] for m in many] == [3, 4]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small-val-seed3", "small-val-seed4"]
+    assert capsys.readouterr().out.count("NOT") == 0 and len(many) == 2
+
+    torch.set_num_threads(1)  # as each of them had
+    try:
+        alone = train(SMALL, tmp_path / "alone", seed=4, dataset=tiny, progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert alone["test_loss"] == many[1]["test_loss"]
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
+    again = train_many([SMALL], seeds=[3, 4], dataset=tiny, folder=tmp_path, progress=False)
+    assert again == many
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")} == before
+
+
+def test_a_failure_stops_no_other_run(tiny, tmp_path):
+    with pytest.raises(RunError, match=r"1 of 2 runs failed.*failing-val-seed0: .*lower lr"):
+        train_many([FAILING, SMALL], dataset=tiny, folder=tmp_path, progress=False)
+    assert json.loads((tmp_path / "small-val-seed0" / "metrics.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"recipes": []}, "nothing to train"),
+        ({"recipes": ["slow"]}, "unknown recipe"),
+        ({"seeds": [1, 1]}, "only once"),
+        ({"seeds": [-1]}, "seed must be"),
+        ({"jobs": 0}, "jobs must be"),
+        ({"protocol": "train"}, "unknown protocol"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(tmp_path, arguments, says):
+    arguments = {"recipes": [SMALL], "folder": tmp_path} | arguments
+    with pytest.raises(ValueError, match=says):
+        train_many(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cores_are_shared_out(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert sweep._share_out(100, cpu, None) == (16, 1)
+    assert sweep._share_out(3, cpu, None) == (3, 5)
+    assert sweep._share_out(100, cpu, 4) == (4, 4)
+    assert sweep._share_out(100, gpu, None) == (8, 2)
