@@ -32,7 +32,7 @@ SETTINGS = --recipe "$(RECIPE)" --protocol "$(PROTOCOL)" --dataset "$(DATASET)" 
 	--device "$(DEVICE)" --force "$(FORCE)" --run "$(RUN)" $(PARAMS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook stats train analysis tour lab predict sweep bench results test test-fast lint clean
+.PHONY: help env run-notebook stats train analysis tour lab predict sweep bench results verify-results test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,9 @@ bench: env ## speed beside the reference's loop, into benchmarks/ (about five mi
 
 results: env ## rebuild the tables and curves of results/ from its run directories
 	@$(PY) publish.py
+
+verify-results: env ## evaluate all published weights on the real test set, against their metrics
+	@$(PY) publish.py --verify
 
 test: env ## all tests: the modules, then every notebook under nbval
 	@$(PY) -m pytest

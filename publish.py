@@ -1,21 +1,30 @@
-"""Rebuild what is shown of results/ from the run directories in it: `make results`.
+"""Rebuild what is shown of results/ and benchmarks/ from the files in them: `make results`.
 
-Writes results/README.md, the table in README.md between its two marks, and curves.png in each run.
+    python publish.py             # rebuild
+    python publish.py --verify    # evaluate all published weights anew: `make verify-results`
+
+Writes results/README.md, the tables in README.md between their marks, and curves.png in each run.
 No number among them is ever typed by hand; a test fails when they are stale.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
+import sys
 from pathlib import Path
 
 import matplotlib
 
 import analysis
+import cifar10
+from tiny_cifar10_net import load_pretrained
+from training import evaluate
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+BENCHMARK = ROOT / "benchmarks" / "cpu.json"
 
 HEAD = """\
 # Published runs
@@ -27,15 +36,52 @@ commit and the call that repeat it. What the protocols may look at: see the READ
 """
 
 
-def main() -> None:
-    matplotlib.use("Agg")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--verify", action="store_true", help="evaluate the weights anew instead")
+    verify_only = parser.parse_args(argv).verify
     runs = analysis.find_runs(RESULTS)
+    try:
+        verify(runs) if verify_only else rebuild(runs)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def rebuild(runs: list[analysis.Run]) -> None:
+    matplotlib.use("Agg")
     (RESULTS / "README.md").write_text(results_page(runs))
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), runs))
+    readme.write_text(with_tables(readme.read_text(), runs))
     for run in runs:
         analysis.plot_history(run).savefig(run.folder / "curves.png", dpi=110)
         print(f"results/{run.name}: {run.title}")
+
+
+def verify(runs: list[analysis.Run]) -> None:
+    """Evaluate the weights of each finished run on the real test set, and compare with its metrics.
+
+    Raises:
+        RuntimeError: some differ by more than 0.01 % of accuracy; they are named.
+    """
+    data = cifar10.load("cifar10")
+    wrong = []
+    for run in runs:
+        if run.metrics is None:
+            print(f"results/{run.name}: unfinished, not verified")
+            continue
+        model = load_pretrained(run.folder)
+        stats = cifar10.Stats(model.mean, model.std)
+        _, accuracy = evaluate(model, data.test_images, data.test_labels, stats)
+        claimed = run.metrics["test_acc"]
+        agrees = abs(accuracy - claimed) <= 0.01 + 1e-9
+        print(
+            f"results/{run.name}: {accuracy:.2f} % measured, {claimed:.2f} % in metrics.json"
+            + ("" if agrees else "  <- differs")
+        )
+        if not agrees:
+            wrong.append(run.name)
+    if wrong:
+        raise RuntimeError(f"these weights don't reach what is claimed: {', '.join(wrong)}")
 
 
 def results_page(runs: list[analysis.Run]) -> str:
@@ -47,9 +93,63 @@ def results_page(runs: list[analysis.Run]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def with_table(readme: str, runs: list[analysis.Run]) -> str:
-    """`readme` with the table of the runs between its marks."""
-    return MARKS.sub(lambda m: f"{m[1]}{analysis.runs_table(runs)}{m[2]}", readme)
+def with_tables(readme: str, runs: list[analysis.Run]) -> str:
+    """`readme` with its tables renewed, each between its two marks."""
+    tables = {
+        "results": analysis.runs_table(runs),
+        "speed": speed_table(json.loads(BENCHMARK.read_text())),
+    }
+    for name, table in tables.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        readme, count = marked.subn(lambda m, table=table: m[1] + table + m[2], readme)
+        if count != 1:
+            raise ValueError(f"README.md must hold the marks <!-- {name} --> <!-- /{name} --> once")
+    return readme
+
+
+def speed_table(result: dict) -> str:
+    """The figures that `make bench` wrote as JSON, in a Markdown table beside the goals."""
+    machine, fused, roof = result["machine"], result["inference_one_core"], result["roofline"]
+    parts = {name: f"{100 * share:.1f} %" for name, share in result["share_of_step"].items()}
+    rows = [
+        ("training images/s, ours over the reference's loop", f"{result['ratio']:.2f}x", "3x"),
+        ("the same without torch.compile", f"{result['ratio_eager']:.2f}x", ""),
+        (
+            f"{machine['threads']} one-thread runs side by side, together",
+            f"{result['ratio_one_thread_runs_side_by_side']:.2f}x",
+            "",
+        ),
+        *(
+            (f"share of a step: {name}", share, "under 5 %" if name.startswith("data") else "")
+            for name, share in parts.items()
+        ),
+        (f"share of the roofline ({roof['bound']} bounds)", f"{100 * roof['share']:.0f} %", ""),
+        (
+            "launch to first step, without compile",
+            f"{result['seconds_to_first_step_without_compile']:.1f} s",
+            "under 15 s",
+        ),
+        (
+            f"peak memory, all of CIFAR-10, batch {result['batch_size']}",
+            f"{result['peak_memory_mib']:,} MiB",
+            "under 1,536 MiB",
+        ),
+        *(
+            (
+                f"fused inference over plain, one core, batch {n}",
+                f"{fused[key]['fused']:.2f}x",
+                goal,
+            )
+            for n, key, goal in ((1, "ratio_batch_1", "1.5x"), (256, "ratio_batch_256", ""))
+        ),
+        ("fused and compiled, batch 1", f"{fused['ratio_batch_1']['compiled']:.2f}x", ""),
+    ]
+    lines = ["| figure | measured | goal |", "| :--- | ---: | ---: |"]
+    lines += [f"| {figure} | {value} | {goal} |" for figure, value, goal in rows]
+    where = f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads"
+    note = f"Measured on {where}, torch {machine['torch']}, batch {result['batch_size']}, "
+    note += f"medians of {result['rounds']} rounds, {result['date']}."
+    return "\n".join([*lines, "", note, ""])
 
 
 if __name__ == "__main__":

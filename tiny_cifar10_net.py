@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import pickle
 import sys
@@ -351,7 +352,8 @@ def load_pretrained(run: str | Path = "quick") -> NetCIFAR10_Tiny:
 
     Raises:
         FileNotFoundError: no such run.
-        ValueError: its weights or its config.json can't be used.
+        ValueError: its weights or its config.json can't be used, or the weights aren't those
+            whose checksum its metrics.json holds.
     """
     published = RESULTS / run
     folder = published if (published / "config.json").is_file() else Path(run)
@@ -369,7 +371,23 @@ def load_pretrained(run: str | Path = "quick") -> NetCIFAR10_Tiny:
         model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{config_file} is not the config.json of a run: {error!r}") from error
-    return load_weights(folder / "best.pt", model).eval()
+    load_weights(folder / "best.pt", model)
+    _verify_checksum(folder)
+    return model.eval()
+
+
+def _verify_checksum(folder: Path) -> None:
+    """Refuse weights other than those the run was measured with; an unfinished run has no sum."""
+    metrics = folder / "metrics.json"
+    if not metrics.is_file():
+        return
+    expected = json.loads(metrics.read_text()).get("weights_sha256")
+    found = hashlib.sha256((folder / "best.pt").read_bytes()).hexdigest()
+    if expected not in (None, found):
+        raise ValueError(
+            f"{folder / 'best.pt'} is refused: its checksum isn't the one in metrics.json, so it "
+            "was changed since the run; get the file again, or train the run again"
+        )
 
 
 def _first_lines(error: Exception, n: int = 3) -> str:

@@ -1,0 +1,23 @@
+"""torch.hub entry point.
+
+model = torch.hub.load("path/of/a/clone", "net_cifar10_tiny", source="local", pretrained=True)
+"""
+
+from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
+
+dependencies = ["torch", "numpy", "PIL"]
+
+
+def net_cifar10_tiny(pretrained: bool = False, run: str = "quick", **options) -> NetCIFAR10_Tiny:
+    """`NetCIFAR10_Tiny`, new or with the weights of a published run.
+
+    Args:
+        pretrained: True gives `load_pretrained(run)`: eval mode, with classes, mean and std.
+        run: a folder under results/.
+        options: of a new network, see `NetCIFAR10_Tiny`.
+    """
+    if not pretrained:
+        return NetCIFAR10_Tiny(**options)
+    if options:
+        raise ValueError(f"a pretrained network has its own options; leave out {sorted(options)}")
+    return load_pretrained(run)
