@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, compile, nn
 
 __all__ = ["CompiledNetwork", "Memory", "peak_memory"]
@@ -43,12 +44,19 @@ class CompiledNetwork:
             # A fault of the network's own shows again in the plain call.
             output = self.model(images)
             self.sides = set()
-            reason = str(error).strip().splitlines()[0]
             warnings.warn(
-                f"torch.compile failed, so training goes on without it, more slowly: {reason}",
+                f"torch.compile failed ({_reason(error)}): training goes on without, more slowly",
                 stacklevel=2,
             )
             return output
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line; torch's own message is a page."""
+    if " " in torch.__file__:
+        return "it can't from an environment whose path has a space in it"
+    lines = [line.strip() for line in str(error).splitlines() if "rror" in line or "No " in line]
+    return lines[0] if lines else type(error).__name__
 
 
 class Memory:

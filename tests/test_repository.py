@@ -76,6 +76,23 @@ def test_the_readmes_first_paragraphs_quote_the_run():
     assert f"{metrics['test_acc_tta']:.2f} % with flips" in first_screen
 
 
+def test_verification_finds_the_run_that_claims_too_much(monkeypatch, capsys):
+    class Run:
+        name, folder, metrics = "quick", publish.RESULTS / "quick", {"test_acc": 81.79}
+
+    monkeypatch.setattr(publish.cifar10, "load", lambda name: FewPictures)
+    monkeypatch.setattr(publish, "evaluate", lambda *_: (0.5, 81.8))
+    publish.verify([Run])
+    Run.metrics = {"test_acc": 81.78}
+    with pytest.raises(RuntimeError, match="quick"):
+        publish.verify([Run])
+    assert "<- differs" in capsys.readouterr().out
+
+
+class FewPictures:
+    test_images = test_labels = None
+
+
 def test_published_files_name_no_folder_of_a_machine():
     home = re.compile(r"(?<![\w.:/])/(home|root|Users|work|mnt|tmp)/")
     for path in (ROOT / "results").rglob("*"):

@@ -1,5 +1,6 @@
 """The network: what design and the reference say of it, counted and measured independently."""
 
+import hashlib
 import json
 import pickle
 
@@ -310,6 +311,15 @@ def test_the_command_line_prints_classes_and_errors(run_dir, capsys):
     assert lines[0].split()[1] in CLASSES
     with pytest.raises(SystemExit, match="error: no picture at"):
         tiny_cifar10_net.main(["absent.png", "--run", str(run_dir)])
+
+
+def test_weights_that_were_changed_since_the_run_are_refused(run_dir):
+    digest = hashlib.sha256((run_dir / "best.pt").read_bytes()).hexdigest()
+    (run_dir / "metrics.json").write_text(json.dumps({"weights_sha256": digest}))
+    load_pretrained(run_dir)
+    (run_dir / "metrics.json").write_text(json.dumps({"weights_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match=r"best\.pt is refused: its checksum"):
+        load_pretrained(run_dir)
 
 
 # ------------------------------------------------------------------------------------------ fuse

@@ -289,7 +289,7 @@ def test_without_a_compiler_training_goes_on(tiny, tmp_path, monkeypatch):
         return program
 
     monkeypatch.setattr("engine.compile", no_compiler)
-    with pytest.warns(UserWarning, match=r"torch.compile failed.*No working C\+\+ compiler"):
+    with pytest.warns(UserWarning, match=r"torch.compile failed .*goes on without"):
         metrics = train(SMALL, tmp_path / "r", dataset=tiny, compile=True, progress=False)
     assert metrics["compiled_sides"] == []
     train(SMALL, tmp_path / "plain", dataset=tiny, compile=False, progress=False)
@@ -469,3 +469,19 @@ def test_a_run_cannot_be_trained_by_two(tiny, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="being trained by another process"):
             train(SMALL, tmp_path / "r", dataset=tiny, progress=False)
+
+
+def test_every_build_trains_alike(tmp_path):
+    """Whoever makes the batches, the network learns as much from them, within noise.
+
+    Over six seeds of a like run the loss had a standard deviation of 0.04 with either of two
+    builds, and means that differed by 0.005. What is learned is about 0.2.
+    """
+    data = cifar10.load("shapes", limit=3000)
+    loss = {}
+    for build in augment.BUILDS:
+        recipe = get_recipe(SMALL, build=build, policy="reference", name=build)
+        train(recipe, tmp_path / build, dataset=data, progress=False)
+        loss[build] = history(tmp_path / build)[-1]["train_loss"]
+    assert max(loss.values()) < math.log(10) - 0.03, f"more than guessing was learned: {loss}"
+    assert max(loss.values()) - min(loss.values()) < 0.15, loss
