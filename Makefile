@@ -45,9 +45,9 @@ help: ## this list
 	@echo "    SEED      any whole number                              (0)"
 	@echo "    DEVICE    auto, cpu, cuda or mps                        (auto)"
 	@echo "    RUN       the run directory                             (runs/RECIPE-PROTOCOL-seedSEED)"
-	@echo "    RECIPES SEEDS JOBS   of make sweep             (RECIPE; 0 1 2; one a core)"
 	@echo "    FORCE     1 replaces a finished run                     (0)"
 	@echo '    PARAMS    more parameters of the notebooks, e.g. PARAMS="-p epochs 5"'
+	@echo "  make sweep instead takes RECIPES (quick), SEEDS (0 1 2) and JOBS, how many at once (one a core)"
 	@echo "    CIFAR10_ROOT  the folder that holds cifar-10-batches-py (./data)"
 
 env: $(VENV)/.ready ## build the environment in .venv (the other targets do it by themselves)
@@ -83,6 +83,8 @@ predict: env ## classify a picture: make predict IMAGE=cat.jpg
 	@$(PY) -m tiny_cifar10_net "$(IMAGE)" $(if $(RUN),--run "$(RUN)")
 
 sweep: env ## train RECIPES with SEEDS, several runs at once
+	$(foreach v,SEED PARAMS FORCE RUN,$(if $(findstring command,$(origin $(v))),$(error make sweep \
+		takes no $(v): name RECIPES, SEEDS, JOBS, PROTOCOL, DATASET or DEVICE)))
 	@$(PY) -m sweep $(RECIPES) --seeds $(SEEDS) --protocol "$(PROTOCOL)" --dataset "$(DATASET)" \
 		--device "$(DEVICE)" $(if $(JOBS),--jobs "$(JOBS)")
 

@@ -115,7 +115,7 @@ def speed_table(result: dict) -> str:
         ("training images/s, ours over the reference's loop", f"{result['ratio']:.2f}x", "3x"),
         ("the same without torch.compile", f"{result['ratio_eager']:.2f}x", ""),
         (
-            f"{machine['threads']} one-thread runs side by side, together",
+            f"{machine['threads']} one-thread runs side by side, over the reference's loop",
             f"{result['ratio_one_thread_runs_side_by_side']:.2f}x",
             "",
         ),

@@ -16,7 +16,16 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["FILES", "IDENTITY", "RunError", "claim", "refuse_finished", "write", "write_json"]
+__all__ = [
+    "FILES",
+    "IDENTITY",
+    "RunError",
+    "claim",
+    "refuse_another_run",
+    "refuse_finished",
+    "write",
+    "write_json",
+]
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
 
@@ -38,7 +47,7 @@ def claim(run_dir: Path, config: dict, force: bool):
     with _locked(run_dir):
         try:
             refuse_finished(run_dir)
-            _refuse_another_run(run_dir, config)
+            refuse_another_run(run_dir, config)
         except RunError:
             if not force:
                 raise
@@ -51,14 +60,18 @@ def claim(run_dir: Path, config: dict, force: bool):
 
 def refuse_finished(run_dir: Path) -> None:
     """Raise RunError if the run in this directory is finished."""
-    if (run_dir / "metrics.json").is_file():
+    metrics = run_dir / "metrics.json"
+    if metrics.is_file():
+        stand_in = json.loads(metrics.read_text()).get("dataset") == "shapes"
+        what = " (on `shapes`, the stand-in)" if stand_in else ""
         raise RunError(
-            f"the run in {run_dir} is finished, and kept: to replace it say FORCE=1 (force=True), "
-            "to keep both give another name (RUN=..., run_dir=...)"
+            f"the run in {run_dir}{what} is finished, and kept: to replace it say FORCE=1 "
+            "(force=True), to keep both give another name (RUN=..., run_dir=...)"
         )
 
 
-def _refuse_another_run(run_dir: Path, config: dict) -> None:
+def refuse_another_run(run_dir: Path, config: dict) -> None:
+    """Raise RunError if a run is in this directory that `config` doesn't identify."""
     there = run_dir / "config.json"
     if not there.is_file():
         return
@@ -66,7 +79,7 @@ def _refuse_another_run(run_dir: Path, config: dict) -> None:
     differences = _differences({k: old.get(k) for k in IDENTITY}, {k: config[k] for k in IDENTITY})
     if differences:
         raise RunError(
-            f"{run_dir} holds an unfinished run that differs: {'; '.join(differences)}. "
+            f"{run_dir} holds a run that differs: {'; '.join(differences)}. "
             "Nothing was touched: give the same settings to go on, another name, "
             "or FORCE=1 to replace it"
         )

@@ -52,12 +52,12 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
             names.
         RuntimeError: the run is finished already; a cell failed; the message is that of its error.
     """
-    names = _remaining(names, run_dir, settings)
     declared = {name: _declared_parameters(name) for name in names}
     unknown = sorted(extra.keys() - set().union(*declared.values()))
     if unknown:
         valid = ", ".join(sorted(set().union(*declared.values())))
         raise ValueError(f"no parameter {unknown[0]!r} in {', '.join(names)}; valid: {valid}")
+    names = _remaining(names, run_dir, settings)
     run_dir.mkdir(parents=True, exist_ok=True)
     # A run inside the repository is named from its root, so that notebooks can be moved and shared.
     shown = run_dir.relative_to(ROOT) if run_dir.is_relative_to(ROOT) else run_dir

@@ -44,7 +44,8 @@ __all__ = [
     "predict",
 ]
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
 
 
 # --------------------------------------------------------------------------------------- network
@@ -348,21 +349,22 @@ def load_pretrained(run: str | Path = "quick") -> NetCIFAR10_Tiny:
     """The network of a run, in eval mode, with its `classes`, `mean` and `std`.
 
     Args:
-        run: the name of a published run (a folder under results/), or any run directory's path.
+        run: the name of a published run (a folder under results/), or any run directory's path,
+            a relative one from the current folder or else from the repository's root.
 
     Raises:
         FileNotFoundError: no such run.
         ValueError: its weights or its config.json can't be used, or the weights aren't those
             whose checksum its metrics.json holds.
     """
-    published = RESULTS / run
-    folder = published if (published / "config.json").is_file() else Path(run)
+    places = [RESULTS / run, Path(run), ROOT / run]
+    folder = next((p for p in places if (p / "config.json").is_file()), Path(run))
     config_file = folder / "config.json"
     if not config_file.is_file():
         names = sorted(p.parent.name for p in RESULTS.glob("*/config.json"))
         raise FileNotFoundError(
             f"no run at {str(run)!r}: expected the path of a run directory (it holds config.json "
-            f"and best.pt) or one of {', '.join(names) or '(nothing is published yet)'}"
+            f"and best.pt) or a published run: {', '.join(names) or '(there is none yet)'}"
         )
     try:
         config = json.loads(config_file.read_text())

@@ -54,6 +54,7 @@ __all__ = [
     "check_settings",
     "evaluate",
     "get_recipe",
+    "identity",
     "log_probabilities",
     "run_folder",
     "train",
@@ -754,7 +755,8 @@ def _accuracy(log_p: Tensor, labels: Tensor) -> float:
 # --------------------------------------------------------------------------- the run directory
 
 
-def _config(recipe, seed, protocol, data, problem, device) -> dict:
+def identity(recipe: Recipe, seed: int, protocol: str, data: cifar10.Data) -> dict:
+    """What tells a run from any other: the fields of config.json that a resumed one must share."""
     return {
         "recipe": asdict(recipe),
         "seed": seed,
@@ -762,6 +764,12 @@ def _config(recipe, seed, protocol, data, problem, device) -> dict:
         "dataset": data.name,
         "limit": data.limit,
         "data_sha256": data.checksum,
+    }
+
+
+def _config(recipe, seed, protocol, data, problem, device) -> dict:
+    return {
+        **identity(recipe, seed, protocol, data),
         "split": {
             "train": len(problem.train_index),
             "selection": 0 if problem.selection is None else len(problem.selection[1]),
