@@ -87,7 +87,7 @@ class _Dilated(torch.autograd.Function):
     """A dilated depthwise convolution whose backward pass is fast on a CPU.
 
     oneDNN, the library behind torch there, has no fast code for the gradient of its input: measured
-    five to ten times the time of the forward pass. But that gradient is a dilated depthwise
+    five to thirteen times the time of the forward pass. But that gradient is a dilated depthwise
     convolution as well, with the filter turned about, and forward there is fast code.
     """
 
