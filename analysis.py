@@ -44,7 +44,15 @@ from tiny_cifar10_net import (
     load_pretrained,
     receptive_field,
 )
-from training import HISTORY_COLUMNS, PROTOCOLS, RECIPES, Recipe, log_probabilities
+from training import (
+    HISTORY_COLUMNS,
+    PROTOCOLS,
+    RECIPES,
+    Recipe,
+    evaluate,
+    log_probabilities,
+    train_index,
+)
 
 __all__ = [
     "Run",
@@ -58,6 +66,10 @@ __all__ = [
     "recipe_table",
     "metrics_table",
     "runs_table",
+    "choice_table",
+    "drops_table",
+    "fit_table",
+    "confusion_table",
     "layer_table",
     "field_table",
     "separable_table",
@@ -249,17 +261,24 @@ def test_log_probabilities(run: Run, data: cifar10.Data) -> np.ndarray:
     Raises:
         ValueError: `data` isn't what the run was trained on.
     """
+    _require_its_data(run, data)
+    return log_probabilities(load_model(run), data.test_images, _stats(run)).numpy()
+
+
+test_log_probabilities.__test__ = False  # its name makes pytest take it for a test
+
+
+def _require_its_data(run: Run, data: cifar10.Data) -> None:
     if data.checksum != run.config["data_sha256"]:
         raise ValueError(
             f"run {run.name} was trained on {run.data_title} (sha256 "
             f"{run.config['data_sha256'][:12]}), not on {data.title} ({data.checksum[:12]}): "
             "pass the data of load_data(run)"
         )
-    stats = cifar10.Stats(tuple(run.config["mean"]), tuple(run.config["std"]))
-    return log_probabilities(load_model(run), data.test_images, stats).numpy()
 
 
-test_log_probabilities.__test__ = False  # its name makes pytest take it for a test
+def _stats(run: Run) -> cifar10.Stats:
+    return cifar10.Stats(tuple(run.config["mean"]), tuple(run.config["std"]))
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -326,22 +345,153 @@ def metrics_table(run: Run, times: bool = False) -> str:
     return _table(("", "value"), rows, text_columns=2)
 
 
-def runs_table(runs: Iterable[Run]) -> str:
+# What tuning_CNN_for_CIFAR10 (Shashank Sane, 2025) reports, in its README and notebook.
+REFERENCE_ROW = (
+    "the reference, as published",
+    "CIFAR-10",
+    "test-selected: epoch chosen on test",
+    "n = 1",
+    "36,170",
+    "50",
+    "–",
+    "87.31",
+    "–",
+    "0.3716",
+)
+
+
+def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
     """A row for each (recipe, data, protocol): mean and sample standard deviation over its seeds.
 
     An unfinished run has a row of its own that says how far it is, and no accuracy. A seed that
     comes twice counts once, and the table says so.
+
+    Args:
+        reference: begin with what the published reference reports.
     """
     runs = _as_list(runs)
     groups, repeats = _grouped(runs)
     unfinished = [run for run in runs if run.metrics is None]
-    rows = [_group_row(group) for group in groups] + [_unfinished_row(run) for run in unfinished]
+    rows = [REFERENCE_ROW] if reference else []
+    rows += [_group_row(group) for group in groups] + [_unfinished_row(run) for run in unfinished]
     header = ("recipe", "data", "protocol", "seeds", "parameters", "epochs")
     header += ("validation, %", "test, %", "test with flip, %", "test loss")
     notes = ["Accuracies: mean ± sample standard deviation over seeds."]
     if repeats:
         notes.append(f"Left out, as their seed is there already: {', '.join(repeats)}.")
     return f"{_table(header, rows, text_columns=3)}\n{' '.join(notes)}\n"
+
+
+def choice_table(runs: Iterable[Run]) -> str:
+    """What choosing the epoch is worth: the chosen epoch beside the last and the luckiest.
+
+    A row for each (recipe, data, protocol) that chooses; means and standard deviations over its
+    seeds. Accuracies are those on the pictures that chose, and under `test-selected` these are
+    the test pictures: what is gained there over the last epoch is flattery.
+    """
+    groups, _ = _grouped(_as_list(runs))
+    rows = [_choice_row(group) for group in groups if _selected_on(group[0])]
+    if not rows:
+        return "No finished run here chose its epoch.\n"
+    header = ("recipe", "data", "protocol", "seeds", "chosen on", "chosen epoch", "there, %")
+    header += ("last epoch, %", "chosen − last", "highest − last", "test, %")
+    return _table(header, rows, text_columns=3)
+
+
+def _choice_row(group: list[Run]) -> tuple:
+    accuracy = [run.history["val_acc"] for run in group]
+    chosen = [a[run.metrics["best_epoch"] - 1] for a, run in zip(accuracy, group, strict=True)]
+    last, highest = [a[-1] for a in accuracy], [a.max() for a in accuracy]
+    return (
+        *_labels(group[0]),
+        f"n = {len(group)}",
+        _selected_on(group[0]),
+        _range([run.metrics["best_epoch"] for run in group]),
+        _mean_std(chosen),
+        _mean_std(last),
+        _mean_std(np.subtract(chosen, last), sign="+"),
+        _mean_std(np.subtract(highest, last), sign="+"),
+        _mean_std([run.metrics["test_acc"] for run in group]),
+    )
+
+
+def drops_table(run: Run) -> str:
+    """The stretches of equal learning rate, and what each drop between them bought.
+
+    "At the drop" is the first epoch after it less the last before it; "in all" the stretch's
+    highest accuracy less the highest before it.
+    """
+    if run.config["recipe"]["schedule"] != "plateau":
+        return "This run's learning rate doesn't drop in steps.\n"
+    lr, accuracy = run.history["lr"], run.history["val_acc"]
+    starts = [0, *(np.flatnonzero(np.diff(lr)) + 1)]
+    rows = []
+    for start, end in zip(starts, [*starts[1:], len(lr)], strict=True):
+        highest, gains = accuracy[start:end].max(), ("–", "–")
+        if start:
+            jump, more = accuracy[start] - accuracy[start - 1], highest - accuracy[:start].max()
+            gains = (f"{jump:+.2f}", f"{more:+.2f}")
+        epochs = "–".join(str(e) for e in sorted({start + 1, end}))
+        trained = f"{run.history['train_acc'][end - 1]:.2f}"
+        rows.append((epochs, f"{lr[start]:.2g}", trained, f"{highest:.2f}", *gains))
+    header = (
+        "epochs",
+        "learning rate",
+        "training at its end, %",
+        f"highest on {_selected_on(run)}, %",
+    )
+    return _table((*header, "at the drop", "in all"), rows)
+
+
+def fit_table(run: Run, data: cifar10.Data) -> str:
+    """How well a run's network fits what it was trained on, beside what it hasn't seen.
+
+    Training pictures stand here twice: as they were fed, augmented and while the weights moved,
+    and whole, through the kept weights. A network that is right less often on these than on the
+    test pictures, or hardly more often, is short of fit, not of regularisation.
+    The first is a mean over all of them; the other rests on as many as there are test pictures.
+
+    Raises:
+        ValueError: `data` isn't what the run was trained on.
+    """
+    _require_its_data(run, data)
+    if run.metrics is None:
+        return f"The run {run.name} isn't finished.\n"
+    index = train_index(data, run.config["protocol"])
+    index = index[: len(data.test_labels)]  # as many as test pictures: enough, and soon done
+    loss, accuracy = evaluate(
+        load_model(run), data.train_images[index], data.train_labels[index], _stats(run)
+    )
+    m, fed = run.metrics, run.metrics["best_epoch"] - 1
+    fed_loss, fed_accuracy = run.history["train_loss"][fed], run.history["train_acc"][fed]
+    rows = (
+        ("training, as fed: augmented", run.config["split"]["train"], fed_accuracy, fed_loss),
+        ("training, whole", len(index), accuracy, loss),
+        ("test", run.config["split"]["test"], m["test_acc"], m["test_loss"]),
+    )
+    rows = [(name, f"{n:,}", _percent(right), f"{loss:.4f}") for name, n, right, loss in rows]
+    return _table(("pictures", "how many", "accuracy", "loss"), rows)
+
+
+def confusion_table(
+    log_p: np.ndarray, labels: np.ndarray, classes: Sequence[str], top: int = 6
+) -> str:
+    """The pairs of classes that are mistaken for one another most often, both ways.
+
+    Args: as in `plot_confusion`; top: how many pairs.
+    """
+    _check_at_least("top", top, 1)
+    predicted = _checked(log_p, labels).argmax(axis=1)
+    counts = confusion_matrix(labels, predicted, len(classes))
+    mistakes = counts.sum() - counts.trace()
+    both = np.triu(counts + counts.T, k=1)
+    order = np.argsort(-both, axis=None, kind="stable")[:top]
+    rows = [
+        (f"{classes[i]}, {classes[j]}", counts[i, j], counts[j, i], _share(both[i, j], mistakes))
+        for i, j in zip(*np.unravel_index(order, both.shape), strict=True)
+        if both[i, j]
+    ]
+    return _table(("a, b", "a taken for b", "b taken for a", "of all mistakes"), rows)
 
 
 def layer_table(model: nn.Module) -> str:
@@ -933,13 +1083,12 @@ def _grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
 
 def _group_row(group: list[Run]) -> tuple:
     run, metrics = group[0], [run.metrics for run in group]
-    epochs = sorted({m["epochs_run"] for m in metrics})
     validated = _selected_on(run) == "validation"
     return (
         *_labels(run),
         f"n = {len(group)}",
         f"{metrics[0]['params']:,}",
-        "–".join(str(e) for e in sorted({epochs[0], epochs[-1]})),
+        _range([m["epochs_run"] for m in metrics]),
         _mean_std([m["val_acc"] for m in metrics]) if validated else "–",
         _mean_std([m["test_acc"] for m in metrics]),
         _mean_std([m["test_acc_tta"] for m in metrics]),
@@ -991,11 +1140,15 @@ def _table(header: Sequence, rows: Iterable[Sequence], text_columns: int = 1) ->
     return "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in cells)
 
 
-def _mean_std(values: Sequence[float], digits: int = 2) -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}"
+def _mean_std(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
     if len(values) == 1:
         return mean
     return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _range(values: Sequence[int]) -> str:
+    return "–".join(str(v) for v in sorted({min(values), max(values)}))
 
 
 def _percent(value: float) -> str:

@@ -8,12 +8,12 @@ from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
 dependencies = ["torch", "numpy", "PIL"]
 
 
-def net_cifar10_tiny(pretrained: bool = False, run: str = "quick", **options) -> NetCIFAR10_Tiny:
+def net_cifar10_tiny(pretrained: bool = False, run: str = "baseline", **options) -> NetCIFAR10_Tiny:
     """`NetCIFAR10_Tiny`, new or with the weights of a published run.
 
     Args:
         pretrained: True gives `load_pretrained(run)`: eval mode, with classes, mean and std.
-        run: a folder under results/.
+        run: as for `load_pretrained`.
         options: of a new network, see `NetCIFAR10_Tiny`.
     """
     if not pretrained:

@@ -86,17 +86,30 @@ def verify(runs: list[analysis.Run]) -> None:
 
 def results_page(runs: list[analysis.Run]) -> str:
     """results/README.md: the table, then each run with its notebooks."""
-    lines = [HEAD, analysis.runs_table(runs), ""]
+    lines = [HEAD, analysis.runs_table(runs, reference=True), ""]
     for run in runs:
-        pages = [f"[{p.stem}]({run.name}/{p.name})" for p in sorted(run.folder.glob("*.ipynb"))]
-        lines.append(f"- [`{run.name}`]({run.name}): {run.title}. {', '.join(pages)}")
+        lines.append(
+            f"- [`{run.name}`]({run.name}): {run.title}. {_notebooks(run.folder)}".rstrip()
+        )
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _notebooks(folder: Path) -> str:
+    """Links to a run's executed notebooks, and to their pages for a browser."""
+    links = []
+    for notebook in sorted(folder.glob("*.ipynb")):
+        link = f"[{notebook.stem}]({folder.name}/{notebook.name})"
+        page = notebook.with_suffix(".html")
+        links.append(link + (f" ([HTML]({folder.name}/{page.name}))" if page.is_file() else ""))
+    return ", ".join(links)
 
 
 def with_tables(readme: str, runs: list[analysis.Run]) -> str:
     """`readme` with its tables renewed, each between its two marks."""
     tables = {
-        "results": analysis.runs_table(runs),
+        "results": analysis.runs_table(runs, reference=True),
+        "choice": analysis.choice_table(_baselines(runs)),
+        "drops": "\n".join(map(_drops, _baselines(runs))),
         "speed": speed_table(json.loads(BENCHMARK.read_text())),
     }
     for name, table in tables.items():
@@ -105,6 +118,14 @@ def with_tables(readme: str, runs: list[analysis.Run]) -> str:
         if count != 1:
             raise ValueError(f"README.md must hold the marks <!-- {name} --> <!-- /{name} --> once")
     return readme
+
+
+def _baselines(runs: list[analysis.Run]) -> list[analysis.Run]:
+    return [run for run in runs if run.config["recipe"]["name"] == "baseline"]
+
+
+def _drops(run: analysis.Run) -> str:
+    return f"{run.title}:\n\n{analysis.drops_table(run)}"
 
 
 def speed_table(result: dict) -> str:

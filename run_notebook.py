@@ -106,6 +106,17 @@ def _execute(name: str, run_dir: Path, parameters: dict) -> None:
         raise RuntimeError(f"{error.evalue} [{error.ename}; see {running.name}]") from error
     _forget_paths(running)
     os.replace(running, finished)
+    write_page(finished)
+
+
+def write_page(notebook: Path) -> Path:
+    """An executed notebook as one HTML file beside it, pictures inline, for any browser."""
+    from nbconvert import HTMLExporter
+
+    page = notebook.with_suffix(".html")
+    html, _ = HTMLExporter().from_filename(str(notebook))
+    run_directory.write(page, html.encode())
+    return page
 
 
 def _forget_paths(file: Path) -> None:

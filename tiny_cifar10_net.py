@@ -39,6 +39,7 @@ __all__ = [
     "fuse",
     "layer_costs",
     "receptive_field",
+    "PRETRAINED",
     "load_weights",
     "load_pretrained",
     "predict",
@@ -46,6 +47,8 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
+# Recipe: the published run, settled without the test set, whose weights go by its name.
+PRETRAINED = {"baseline": "baseline-val"}
 
 
 # --------------------------------------------------------------------------------------- network
@@ -345,26 +348,27 @@ def load_weights(path: str | Path, model: nn.Module) -> nn.Module:
     return model
 
 
-def load_pretrained(run: str | Path = "quick") -> NetCIFAR10_Tiny:
+def load_pretrained(run: str | Path = "baseline") -> NetCIFAR10_Tiny:
     """The network of a run, in eval mode, with its `classes`, `mean` and `std`.
 
     Args:
-        run: the name of a published run (a folder under results/), or any run directory's path,
-            a relative one from the current folder or else from the repository's root.
+        run: the name of a published recipe (PRETRAINED) or run (a folder under results/), or any
+            run directory's path, a relative one from the current folder or else from the
+            repository's root.
 
     Raises:
         FileNotFoundError: no such run.
         ValueError: its weights or its config.json can't be used, or the weights aren't those
             whose checksum its metrics.json holds.
     """
-    places = [RESULTS / run, Path(run), ROOT / run]
+    places = [RESULTS / PRETRAINED.get(str(run), run), Path(run), ROOT / run]
     folder = next((p for p in places if (p / "config.json").is_file()), Path(run))
     config_file = folder / "config.json"
     if not config_file.is_file():
         names = sorted(p.parent.name for p in RESULTS.glob("*/config.json"))
         raise FileNotFoundError(
             f"no run at {str(run)!r}: expected the path of a run directory (it holds config.json "
-            f"and best.pt) or a published run: {', '.join(names) or '(there is none yet)'}"
+            f"and best.pt) or a published one: {', '.join([*PRETRAINED, *names])}"
         )
     try:
         config = json.loads(config_file.read_text())
@@ -492,7 +496,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the likeliest classes of a picture: `python -m tiny_cifar10_net cat.jpg`."""
     parser = argparse.ArgumentParser(description="Classify a picture with a trained tiny network.")
     parser.add_argument("image", help="path of a picture, any size")
-    parser.add_argument("--run", default="quick", help="a run under results/, or a run directory")
+    parser.add_argument("--run", default="baseline", help="as for load_pretrained (baseline)")
     parser.add_argument("--top", type=int, default=5, help="how many classes to print")
     args = parser.parse_args(argv)
     try:

@@ -58,6 +58,7 @@ __all__ = [
     "log_probabilities",
     "run_folder",
     "train",
+    "train_index",
 ]
 
 ROOT = Path(__file__).resolve().parent
@@ -335,6 +336,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def train_index(data: cifar10.Data, protocol: str) -> np.ndarray:
+    """Which of the data's training pictures a protocol trains on: int64 indices, sorted."""
+    if protocol == "val":
+        return cifar10.split(data.train_labels)[0]
+    return np.arange(len(data.train_labels))
+
+
 class _Problem:
     """The data as a protocol sees it: what trains, what selects, what tests.
 
@@ -346,16 +354,13 @@ class _Problem:
         self.data = data
         self.train = (torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels))
         self.test = (torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
+        index = train_index(data, protocol)
+        self.train_index = torch.from_numpy(index)
+        self.stats = cifar10.channel_stats(data.train_images, index)
+        self.selection = self.test if protocol == "test-selected" else None
         if protocol == "val":
-            train_index, val_index = cifar10.split(data.train_labels)
-            self.stats = cifar10.channel_stats(data.train_images, train_index)
-            self.train_index = torch.from_numpy(train_index)
-            picked = torch.from_numpy(val_index)
-            self.selection = (self.train[0][picked], self.train[1][picked])
-        else:
-            self.stats = cifar10.channel_stats(data.train_images)
-            self.train_index = torch.arange(len(data.train_labels))
-            self.selection = self.test if protocol == "test-selected" else None
+            held_back = torch.from_numpy(cifar10.split(data.train_labels)[1])
+            self.selection = (self.train[0][held_back], self.train[1][held_back])
 
 
 class _Run:

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -331,6 +332,84 @@ def test_batch_check(tiny):
 
 
 # ------------------------------------------------------------------------------------ mathematics
+
+
+def test_the_published_reference_comes_first_where_asked_for(write_run):
+    rows = rows_of(analysis.runs_table([write_run()], reference=True))
+    published = analysis.published_networks()[0]
+    assert f"{published.accuracy:.2f}" in rows[1] and f"{published.parameters:,}" in rows[1]
+    assert "as published" in rows[1][0] and rows[2][0] == "quick"
+
+
+def with_history(run, best_epoch=None, **columns):
+    """`run`, its history's columns replaced, and another chosen epoch."""
+    history = run.history | {name: np.array(values, float) for name, values in columns.items()}
+    metrics = run.metrics if best_epoch is None else run.metrics | {"best_epoch": best_epoch}
+    return replace(run, history=history, metrics=metrics)
+
+
+def test_choosing_on_test_is_shown_for_what_it_is(write_run):
+    first = write_run("a", protocol="test-selected", test_acc=60.0)
+    second = write_run("b", protocol="test-selected", seed=1, test_acc=62.0)
+    runs = [
+        with_history(first, best_epoch=2, val_acc=[10, 60, 61, 58]),  # chosen by loss: no highest
+        with_history(second, best_epoch=3, val_acc=[10, 50, 62, 61]),
+        write_run("c", protocol="full"),
+        write_run("d", finished=False),
+    ]
+    header, row = rows_of(analysis.choice_table(runs))
+    shown = dict(zip(header, row, strict=True))
+    assert shown["seeds"] == "n = 2" and shown["chosen on"] == "test"
+    assert shown["protocol"] == "test-selected: epoch chosen on test"
+    assert shown["chosen epoch"] == "2–3"
+    spread = statistics.stdev
+    assert shown["there, %"] == f"61.00 ± {spread([60, 62]):.2f}"
+    assert shown["chosen − last"] == f"+1.50 ± {spread([2, 1]):.2f}"
+    assert shown["highest − last"] == f"+2.00 ± {spread([3, 1]):.2f}"
+    assert "chose its epoch" in analysis.choice_table(runs[2:])
+
+
+def test_what_each_drop_of_the_learning_rate_buys(write_run):
+    run = with_history(write_run(), lr=[0.1, 0.1, 0.01, 0.001], val_acc=[50, 40, 58, 57])
+    rows = [row[:2] + row[3:] for row in rows_of(analysis.drops_table(run))[1:]]
+    assert rows == [
+        ["1–2", "0.1", "50.00", "–", "–"],
+        ["3", "0.01", "58.00", "+18.00", "+8.00"],
+        ["4", "0.001", "57.00", "-1.00", "-1.00"],
+    ]
+
+
+def test_a_schedule_without_drops_has_no_table_of_them(write_run):
+    run = write_run()
+    run.config["recipe"]["schedule"] = "one_cycle"
+    assert "doesn't drop" in analysis.drops_table(run)
+
+
+def test_the_fit_table_evaluates_what_was_trained_on(write_run, tiny):
+    run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum, epochs=3)
+    fed, whole, test = rows_of(analysis.fit_table(run, tiny))[1:]
+    assert fed == ["training, as fed: augmented", "45,000", "33.00 %", f"{1.9 / 3:.4f}"]
+    index = cifar10.split(tiny.train_labels)[0][:40]  # as many as there are test pictures
+    pixels = torch.from_numpy(tiny.train_images[index]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        log_p = analysis.load_model(run)((pixels - 0.5) / 0.25)
+    labels = torch.from_numpy(tiny.train_labels[index])
+    right = 100 * (log_p.argmax(1) == labels).double().mean().item()
+    assert whole[1:3] == ["40", f"{right:.2f} %"]
+    assert float(whole[3]) == pytest.approx(nn.functional.nll_loss(log_p, labels).item(), abs=1e-4)
+    assert test[2:] == ["70.00 %", "0.9000"]
+    with pytest.raises(ValueError, match="load_data"):
+        analysis.fit_table(write_run("b"), tiny)
+    assert "isn't finished" in analysis.fit_table(replace(run, metrics=None), tiny)
+
+
+def test_confused_pairs_by_hand():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2])
+    predicted = np.array([1, 1, 0, 0, 1, 0, 2])  # 0 and 1: twice and once; 2 for 0: once
+    log_p = np.log(np.eye(3)[predicted] * 0.9 + 0.05)
+    table = analysis.confusion_table(log_p, labels, ("x", "y", "z"))
+    assert rows_of(table)[1:] == [["x, y", "2", "1", "75.0 %"], ["x, z", "0", "1", "25.0 %"]]
+    assert len(rows_of(analysis.confusion_table(log_p, labels, ("x", "y", "z"), top=1))) == 2
 
 
 def test_confusion_matrix_by_hand():

@@ -30,6 +30,7 @@ def test_parameters_reach_the_notebook_and_prints_the_terminal(notebooks, tmp_pa
     executed = (tmp_path / "a run" / "count.ipynb").read_text()
     assert "counted 7" in executed
     assert "put_path" not in executed, "papermill notes the full paths of this machine"
+    assert "counted 7" in (tmp_path / "a run" / "count.html").read_text()
 
 
 def test_an_unknown_parameter_stops_before_anything_runs(notebooks, tmp_path):
