@@ -52,6 +52,8 @@ BORDERS = ("reflect_101", "constant")
 _PAD_MODES = {"reflect_101": "reflect", "constant": "constant"}
 _GRID_MODES = {"reflect_101": "reflection", "constant": "zeros"}
 
+_FLIP = 2  # the column of a batch's draws that decides on flips, see Batched.transform
+
 # The closed range of every numeric field of a policy. The scale stays below 1, so that the factor
 # 1 - scale stays positive; what a crop or a hole may measure is known once an image is there.
 _RANGES = {
@@ -228,6 +230,16 @@ class Batched(nn.Module):
                 "CPU, so that every device augments alike."
             )
         return torch.rand(count, cls.DRAWS, generator=generator)
+
+    @staticmethod
+    def set_flips(draws: Tensor, mirrored: Tensor) -> None:
+        """Have exactly those images mirrored, where the policy flips at all.
+
+        Args:
+            draws: from `draw`; changed in place.
+            mirrored: bool (N,).
+        """
+        draws[:, _FLIP] = torch.where(mirrored, 0.0, 1.0)
 
     def transform(self, images: Tensor, draws: Tensor) -> Tensor:
         """Augment and normalise with given draws: nothing in here is random.

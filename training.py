@@ -98,6 +98,8 @@ class Recipe:
     momentum: float = 0.9  # sgd only
     weight_decay: float = 5e-4
     decay_all: bool = True  # False: no decay on BatchNorm and biases
+    decay_depthwise: float = 1.0  # share of weight_decay on depthwise filters
+    whiten: bool = False  # first convolution starts as the pictures' principal patches
 
     schedule: str = "plateau"  # plateau, one_cycle, cosine or constant
     warmup: float = 0.2  # one_cycle, cosine: share of all steps spent rising to lr
@@ -111,6 +113,8 @@ class Recipe:
 
     policy: str = "reference"  # a name in augment.POLICIES
     build: str = "batched"  # who makes the batches: batched, albumentations or torchvision
+    calm: float = 0.0  # the share of the epochs, at the end, that use the policy `light` instead
+    alternate_flip: bool = False  # mirror each picture in every second epoch, not at random
 
     start_side: int = 32  # pixels: pictures are shrunk to this side in the first epoch and grow
     grow: float = 0.5  # to their own over this share of the epochs: cheap steps first
@@ -125,13 +129,25 @@ class Recipe:
         for name, (kind, low, high) in _OPTIONAL_RANGES.items():
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), kind, low, high, " or None")
-        for name in ("decay_all", "dilated", "separable"):
+        for name in ("decay_all", "whiten", "alternate_flip", "dilated", "separable"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
         _check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
         _check_choice("build", self.build, augment.BUILDS)
         augment.get_policy(self.policy)
+        if self.alternate_flip and self.build != "batched":
+            raise ValueError(
+                f"alternate_flip is there for build 'batched' only; got build {self.build!r}"
+            )
+
+    def policy_in(self, epoch: int) -> str:
+        """Name of the policy of this epoch, counted from 1: the end may be calmer.
+
+        The last epochs without strong augmentation: Ge et al. (2021, arXiv:2107.08430), and, for
+        mixing, Touvron et al. (2022, arXiv:2204.07118).
+        """
+        return "light" if epoch > (1 - self.calm) * self.epochs else self.policy
 
     def side(self, epoch: int) -> int:
         """Side of the pictures in this epoch, counted from 1: from start_side in steps of 8 to 32.
@@ -156,11 +172,13 @@ _RANGES = {
     "lr": (float, 1e-8, 100),
     "momentum": (float, 0, 0.9999),
     "weight_decay": (float, 0, 1),
+    "decay_depthwise": (float, 0, 1),
     "warmup": (float, 0, 0.9),
     "plateau_factor": (float, 1e-4, 0.99),
     "plateau_patience": (int, 0, 10_000),
     "min_delta": (float, 0, 1),
     "label_smoothing": (float, 0, 0.9),
+    "calm": (float, 0, 1),
     "start_side": (int, 8, 32),
     "grow": (float, 0, 1),
     "width": (float, 0.05, 16),
@@ -371,6 +389,9 @@ class _Run:
         self.seed, self.run_dir, self.progress = seed, run_dir, progress
         torch.manual_seed(_key(seed))
         model = NetCIFAR10_Tiny(len(problem.data.classes), **recipe.model_options)
+        if recipe.whiten:
+            some = problem.train_index[:: max(1, len(problem.train_index) // 2000)]
+            _whiten(model.c1[0][0], problem.train[0][some], problem.stats)
         self.model = model.to(device, memory_format=torch.channels_last)
         sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides)
@@ -566,12 +587,10 @@ def _worth_compiling(recipe, pictures: int, device, compile: bool | str) -> set[
 
 
 def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    # BatchNorm's weights and all biases are the vectors among the parameters.
-    decayed = [p for p in model.parameters() if p.ndim > 1 or recipe.decay_all]
-    others = [p for p in model.parameters() if not (p.ndim > 1 or recipe.decay_all)]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    by_decay: dict[float, list] = {}
+    for p in model.parameters():
+        by_decay.setdefault(_decay(recipe, p), []).append(p)
+    groups = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one call for all parameters
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
@@ -579,6 +598,34 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused
     )
+
+
+def _decay(recipe: Recipe, parameter: Tensor) -> float:
+    if parameter.ndim == 1:  # BatchNorm's weights, and all biases
+        return recipe.weight_decay if recipe.decay_all else 0.0
+    depthwise = parameter.shape[1] == 1
+    return recipe.weight_decay * (recipe.decay_depthwise if depthwise else 1)
+
+
+def _whiten(conv: nn.Conv2d, images: Tensor, stats: cifar10.Stats) -> None:
+    """Set a first convolution's filters to the principal patches of `images`, and their negatives.
+
+    Each is divided by its standard deviation, so that its responses on these pictures have the
+    variance 1 and are uncorrelated; as many filters as there are, the strongest first. After
+    tysam-code/hlb-CIFAR10 (2022) and Keller Jordan's airbench (arXiv:2404.00498), whose first
+    layer stays so, while this one goes on learning.
+
+    Args:
+        images: uint8 (N, H, W, 3); some thousands are plenty.
+    """
+    pixels = augment.Batched("none", stats.mean, stats.std)(images)
+    patches = F.unfold(pixels, conv.kernel_size).transpose(1, 2).flatten(0, 1).double()
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    half = -(-conv.out_channels // 2)
+    scaled = (directions / (variances + 1e-3).sqrt()).T.flip(0)  # strongest first, one a row
+    filters = torch.cat((scaled[:half], -scaled[:half]))[: conv.out_channels]
+    with torch.no_grad():
+        conv.weight.copy_(filters.view_as(conv.weight))
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
@@ -622,7 +669,14 @@ class _Feed:
     def __init__(self, recipe, seed, problem, device, workers):
         self.recipe, self.seed, self.problem, self.device = recipe, seed, problem, device
         self.workers = workers
-        self.arguments = (augment.get_policy(recipe.policy), problem.stats.mean, problem.stats.std)
+        stats, epochs = problem.stats, range(1, recipe.epochs + 1)
+        self.transforms = {
+            policy: self.transform(policy, stats.mean, stats.std)
+            for policy in dict.fromkeys(map(recipe.policy_in, epochs))
+        }
+
+    def transform(self, policy: str, mean, std):
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return math.ceil(len(self.problem.train_index) / self.recipe.batch_size)
@@ -640,13 +694,25 @@ class _BatchedFeed(_Feed):
     def __init__(self, *args):
         super().__init__(*args)
         self.images, self.labels = (t.to(self.device) for t in self.problem.train)
-        self.augment = augment.Batched(*self.arguments).to(self.device)
+        # Which pictures are mirrored in the first epoch, where flips alternate.
+        generator = torch.Generator().manual_seed(_key(self.seed, 0))
+        self.mirrored = torch.rand(len(self.labels), generator=generator) < 0.5
+
+    def transform(self, policy: str, mean, std):
+        return augment.Batched(policy, mean, std).to(self.device)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        transform = self.transforms[self.recipe.policy_in(epoch)]
         for batch, index in enumerate(self.order(epoch).split(self.recipe.batch_size)):
-            generator = torch.Generator().manual_seed(_key(self.seed, epoch, batch))
+            draws = transform.draw(
+                len(index), torch.Generator().manual_seed(_key(self.seed, epoch, batch))
+            )
+            if self.recipe.alternate_flip:
+                # After Keller Jordan (2024, arXiv:2404.00498): two epochs show both sides of each.
+                transform.set_flips(draws, self.mirrored[index] ^ bool(epoch % 2))
+            draws = draws.to(self.device, non_blocking=True)
             index = index.to(self.device, non_blocking=True)
-            yield self.augment(self.images[index], generator), self.labels[index]
+            yield transform.transform(self.images[index], draws), self.labels[index]
 
 
 class _PerSampleFeed(_Feed):
@@ -654,15 +720,17 @@ class _PerSampleFeed(_Feed):
 
     def __init__(self, *args):
         super().__init__(*args)
-        transform = augment.per_sample(*self.arguments, self.recipe.build)
         self.sampler = _EpochSampler()
         self.loader = DataLoader(
-            _KeyedDataset(*self.problem.train, transform, self.seed),
+            _KeyedDataset(*self.problem.train, self.transforms, self.recipe, self.seed),
             batch_size=self.recipe.batch_size,
             sampler=self.sampler,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
+
+    def transform(self, policy: str, mean, std):
+        return augment.per_sample(policy, mean, std, self.recipe.build)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.sampler.items = [(epoch, i) for i in self.order(epoch).tolist()]
@@ -685,13 +753,14 @@ class _EpochSampler(Sampler):
 
 
 class _KeyedDataset(Dataset):
-    def __init__(self, images: Tensor, labels: Tensor, transform, seed: int):
-        self.images, self.labels, self.transform, self.seed = images, labels, transform, seed
+    def __init__(self, images: Tensor, labels: Tensor, transforms: dict, recipe, seed: int):
+        self.images, self.labels = images, labels
+        self.transforms, self.recipe, self.seed = transforms, recipe, seed
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, i = item
-        key = _key(self.seed, epoch, i)
-        return self.transform(self.images[i].numpy(), key), self.labels[i]
+        transform = self.transforms[self.recipe.policy_in(epoch)]
+        return transform(self.images[i].numpy(), _key(self.seed, epoch, i)), self.labels[i]
 
 
 def _resized(images: Tensor, side: int) -> Tensor:

@@ -211,6 +211,72 @@ def lr_curve(recipe, steps_per_epoch):
     return curve
 
 
+def test_decay_of_depthwise_filters_is_their_own():
+    net = NetCIFAR10_Tiny()
+    recipe = get_recipe("baseline", decay_all=False, decay_depthwise=0.25)
+    groups = training._optimizer(recipe, net).param_groups
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    named = dict(net.named_parameters())
+    assert decay.keys() == {id(p) for p in named.values()}
+    assert decay[id(named["c2.0.dw.weight"])] == 0.25 * 5e-4
+    assert decay[id(named["c2.0.pw.weight"])] == decay[id(named["c1.0.0.weight"])] == 5e-4
+    assert decay[id(named["c2.0.bn_dw.weight"])] == decay[id(named["head.bias"])] == 0
+
+
+def test_whitened_filters_answer_with_variance_one_and_uncorrelated(tiny):
+    stats = cifar10.channel_stats(tiny.train_images)
+    conv = torch.nn.Conv2d(3, 16, 3, bias=False)
+    images = torch.from_numpy(tiny.train_images)
+    training._whiten(conv, images, stats)
+    pixels = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(stats.mean).view(3, 1, 1)) / (
+        torch.tensor(stats.std).view(3, 1, 1)
+    )
+    answers = conv(pixels).detach().transpose(0, 1).flatten(1).double()
+    moments = answers @ answers.T / answers.shape[1]
+    torch.testing.assert_close(moments[:8, :8], torch.eye(8).double(), atol=0.06, rtol=0)
+    torch.testing.assert_close(conv.weight[8:], -conv.weight[:8])
+
+
+def test_a_whitened_run_starts_from_the_training_pictures(tiny, tmp_path):
+    frozen = get_recipe(SMALL, epochs=1, lr=1e-8, weight_decay=0.0, whiten=True)
+    train(frozen, tmp_path / "r", dataset=tiny, progress=False)
+    first = torch.load(tmp_path / "r" / "best.pt", weights_only=True)["c1.0.0.weight"]
+    torch.testing.assert_close(first[8:], -first[:8], atol=1e-5, rtol=0)
+
+
+def feed(recipe, data, workers=0):
+    problem = training._Problem(data, "full")
+    return training._feed(recipe, 0, problem, torch.device("cpu"), workers)
+
+
+def pictures_by_index(feed, epoch):
+    images = torch.cat([images for images, _ in feed.epoch(epoch)])
+    return images[feed.order(epoch).argsort()]
+
+
+def test_alternate_flips_show_each_picture_both_ways_in_two_epochs(tiny, monkeypatch):
+    monkeypatch.setitem(augment.POLICIES, "light", augment.Policy(flip=0.5))  # flips, no crops
+    alternating = feed(get_recipe(SMALL, alternate_flip=True), tiny)
+    one, two, three = (pictures_by_index(alternating, e) for e in (1, 2, 3))
+    assert torch.equal(two, one.flip(3)) and torch.equal(three, one)
+    as_it_is = pictures_by_index(feed(get_recipe(SMALL, policy="none"), tiny), 1)
+    mirrored = (one != as_it_is).flatten(1).any(1).double().mean()
+    assert 0.35 < mirrored < 0.65
+    with pytest.raises(ValueError, match=r"alternate_flip .*'batched'.*'torchvision'"):
+        get_recipe(SMALL, alternate_flip=True, build="torchvision")
+
+
+@pytest.mark.parametrize("build", augment.BUILDS)
+def test_the_last_epochs_may_be_calmer(tiny, monkeypatch, build):
+    monkeypatch.setitem(augment.POLICIES, "light", augment.Policy())  # so calm that it can be seen
+    recipe = get_recipe(SMALL, epochs=4, policy="reference", calm=0.5, build=build)
+    assert [recipe.policy_in(e) for e in range(1, 5)] == 2 * ["reference"] + 2 * ["light"]
+    calming = feed(recipe, tiny)
+    plain = pictures_by_index(feed(get_recipe(SMALL, policy="none"), tiny), 1)
+    assert not torch.allclose(pictures_by_index(calming, 2), plain, atol=1e-4)
+    torch.testing.assert_close(pictures_by_index(calming, 3), plain, atol=1e-4, rtol=0)
+
+
 def test_cosine_rises_to_lr_and_falls_to_zero():
     curve = lr_curve(get_recipe("quick", schedule="cosine", epochs=10, warmup=0.2, lr=0.4), 10)
     assert max(curve) == pytest.approx(0.4)
