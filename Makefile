@@ -19,7 +19,9 @@ PARAMS ?=
 IMAGE ?=
 RECIPES ?= $(RECIPE)
 SEEDS ?= 0 1 2
+STUDY ?=
 JOBS ?=
+FOLDER ?=
 BENCH ?=
 
 # albumentations otherwise asks the package index for news at every import.
@@ -47,7 +49,8 @@ help: ## this list
 	@echo "    RUN       the run directory                             (runs/RECIPE-PROTOCOL-seedSEED)"
 	@echo "    FORCE     1 replaces a finished run                     (0)"
 	@echo '    PARAMS    more parameters of the notebooks, e.g. PARAMS="-p epochs 5"'
-	@echo "  make sweep instead takes RECIPES (quick), SEEDS (0 1 2) and JOBS, how many at once (one a core)"
+	@echo "  make sweep instead takes RECIPES (quick) and SEEDS (0 1 2), or STUDY, a file as in studies/;"
+	@echo "    JOBS, how many at once (one a core), and FOLDER, where to (runs, or runs/<study>)"
 	@echo "    CIFAR10_ROOT  the folder that holds cifar-10-batches-py (./data)"
 
 env: $(VENV)/.ready ## build the environment in .venv (the other targets do it by themselves)
@@ -82,11 +85,12 @@ predict: env ## classify a picture: make predict IMAGE=cat.jpg
 	@test -n "$(IMAGE)" || { echo "error: name a picture, e.g. make predict IMAGE=cat.jpg"; exit 2; }
 	@$(PY) -m tiny_cifar10_net "$(IMAGE)" $(if $(RUN),--run "$(RUN)")
 
-sweep: env ## train RECIPES with SEEDS, several runs at once
+sweep: env ## train RECIPES with SEEDS, or a STUDY, several runs at once
 	$(foreach v,SEED PARAMS FORCE RUN,$(if $(findstring command,$(origin $(v))),$(error make sweep \
-		takes no $(v): name RECIPES, SEEDS, JOBS, PROTOCOL, DATASET or DEVICE)))
-	@$(PY) -m sweep $(RECIPES) --seeds $(SEEDS) --protocol "$(PROTOCOL)" --dataset "$(DATASET)" \
-		--device "$(DEVICE)" $(if $(JOBS),--jobs "$(JOBS)")
+		takes no $(v): name STUDY, or RECIPES, SEEDS and PROTOCOL; JOBS, FOLDER, DATASET, DEVICE)))
+	@$(PY) -m sweep $(if $(STUDY),--study "$(STUDY)",$(RECIPES) --seeds $(SEEDS) \
+		--protocol "$(PROTOCOL)") --dataset "$(DATASET)" --device "$(DEVICE)" \
+		$(if $(JOBS),--jobs "$(JOBS)") $(if $(FOLDER),--folder "$(FOLDER)")
 
 bench: env ## speed beside the reference's loop, into benchmarks/ (about five minutes; keep the machine quiet)
 	@$(PY) benchmarks/bench.py $(BENCH)

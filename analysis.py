@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -66,6 +67,7 @@ __all__ = [
     "recipe_table",
     "metrics_table",
     "runs_table",
+    "study_table",
     "choice_table",
     "drops_table",
     "fit_table",
@@ -89,6 +91,7 @@ __all__ = [
     "plot_reliability",
     "effective_receptive_field",
     "plot_effective_receptive_field",
+    "plot_study",
     "Network",
     "published_networks",
     "plot_accuracy_vs_params",
@@ -380,6 +383,73 @@ def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
     if repeats:
         notes.append(f"Left out, as their seed is there already: {', '.join(repeats)}.")
     return f"{_table(header, rows, text_columns=3)}\n{' '.join(notes)}\n"
+
+
+def study_table(runs: Iterable[Run]) -> str:
+    """Variations of a recipe against the recipe itself, the run or runs called `base`.
+
+    Accuracies are those that a choice may rest on: validation, under the protocol `val`; only
+    where nothing was held back, test. Their difference from the base comes with its standard
+    error, root(s1²/n1 + s2²/n2), which takes two seeds of each.
+
+    Raises:
+        ValueError: no finished base among the runs.
+    """
+    base, *others = _study_groups(runs)
+    accuracy, where = _settled(base)
+    rows = [("base", "", f"n = {len(base)}", _mean_std(accuracy), "–")]
+    for group in others:
+        changes = _changes(base[0], group[0])
+        values = _settled(group)[0]
+        difference, error = _difference(accuracy, values)
+        shown = f"{difference:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+        rows.append((_name(group), changes, f"n = {len(group)}", _mean_std(values), shown))
+    header = ("variation", "what changes", "seeds", f"{where}, %", "against base")
+    epochs, data = base[0].config["recipe"]["epochs"], base[0].data_title
+    waiting = sum(run.metrics is None for run in _as_list(runs))
+    note = f"{data}, protocol {base[0].protocol}, {_count(epochs, 'epoch')} unless said otherwise."
+    if waiting:
+        note += f" Not finished, and left out: {_count(waiting, 'run')}."
+    return f"{_table(header, rows, text_columns=2)}\n{note}\n"
+
+
+def _study_groups(runs: Iterable[Run]) -> list[list[Run]]:
+    """The runs of each variation, the base first, then best first."""
+    groups, _ = _grouped(runs)
+    base = [group for group in groups if _name(group) == "base"]
+    if len(base) != 1:
+        raise ValueError(
+            f"a study has one base with a finished run; here there are {len(base)}: train it "
+            "first, with make sweep STUDY=..., and pass the runs of one study"
+        )
+    others = [group for group in groups if group is not base[0]]
+    return [*base, *sorted(others, key=lambda g: -statistics.fmean(_settled(g)[0]))]
+
+
+def _name(group: list[Run]) -> str:
+    return group[0].config["recipe"]["name"].replace("_", " ")
+
+
+def _settled(group: list[Run]) -> tuple[list[float], str]:
+    """The accuracies by which a study decides, and on what they are."""
+    if _selected_on(group[0]) == "validation":
+        return [run.metrics["val_acc"] for run in group], "validation"
+    return [run.metrics["test_acc"] for run in group], "test"
+
+
+def _changes(base: Run, run: Run) -> str:
+    """The fields of a recipe that differ from the base's."""
+    was, now = base.config["recipe"], run.config["recipe"]
+    changed = [k for k in now if k != "name" and now[k] != was.get(k)]
+    return ", ".join(f"`{k}={now[k]}`" for k in changed)
+
+
+def _difference(base: Sequence[float], values: Sequence[float]) -> tuple[float, float | None]:
+    """Of the means, and its standard error; None where a single run can't tell."""
+    difference = statistics.fmean(values) - statistics.fmean(base)
+    if min(len(base), len(values)) < 2:
+        return difference, None
+    return difference, math.sqrt(sum(statistics.variance(v) / len(v) for v in (base, values)))
 
 
 def choice_table(runs: Iterable[Run]) -> str:
@@ -964,6 +1034,33 @@ def plot_effective_receptive_field(
 # ------------------------------------------------------------------------- among other networks
 
 
+@_styled
+def plot_study(runs: Iterable[Run]) -> Figure:
+    """What each variation of a study gains or loses against its base, with the standard error.
+
+    Raises:
+        ValueError: no finished base among the runs.
+    """
+    base, *others = _study_groups(runs)
+    accuracy, where = _settled(base)
+    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.36 * max(1, len(others))))
+    for row, group in enumerate(others):
+        difference, error = _difference(accuracy, _settled(group)[0])
+        colour = GREEN if difference > 0 else RED
+        axes.errorbar(difference, row, xerr=error, fmt="o", color=colour, capsize=3)
+    axes.axvline(0, color=GREY, linestyle="--")
+    axes.set_yticks(range(len(others)), [f"{_name(g)}, n = {len(g)}" for g in others])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(y=0.08)
+    axes.set_xlabel(
+        f"{where} accuracy less the base's ({statistics.fmean(accuracy):.2f} %, "
+        f"n = {len(base)}), points"
+    )
+    figure.suptitle(_wrapped(f"Variations of the base · {base[0].data_title}", figure))
+    return figure
+
+
 @dataclass(frozen=True)
 class Network:
     """A published network: its size, and its test accuracy in percent as its authors report it."""
@@ -1063,6 +1160,9 @@ def _as_list(runs: Run | Iterable[Run]) -> list[Run]:
     return [runs] if isinstance(runs, Run) else list(runs)
 
 
+_DEFAULTS = asdict(Recipe(""))
+
+
 def _grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
     """Finished runs alike but for their seed; and the names of those whose seed came before.
 
@@ -1073,7 +1173,8 @@ def _grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
     for run in runs:
         if run.metrics is None:
             continue
-        key = (json.dumps(run.config["recipe"], sort_keys=True), run.data_title, run.protocol)
+        recipe = _DEFAULTS | run.config["recipe"]  # a field that came later had its default
+        key = (json.dumps(recipe, sort_keys=True), run.data_title, run.protocol)
         seeds = groups.setdefault(key, {})
         if run.config["seed"] in seeds:
             repeats.append(run.name)

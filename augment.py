@@ -149,6 +149,7 @@ class Policy:
 
 POLICIES = {
     "none": Policy(),
+    "flip": Policy(flip=0.5),
     # He et al.'s, as torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip() have it.
     "crop_flip": Policy(flip=0.5, crop_padding=4, border="constant"),
     # The same without black borders: more is left to see in a short training.

@@ -4,6 +4,7 @@
     table = train_many(["quick", get_recipe("quick", lr=0.1)], seeds=[0, 1, 2])
 
     python -m sweep quick baseline --seeds 0 1 2
+    python -m sweep --study studies/ingredients.yaml
 
 A net this small leaves most of a GPU idle; on a CPU one-thread runs side by side gain a little.
 """
@@ -23,6 +24,7 @@ import torch
 
 from cifar10 import Data, load, title
 from run_directory import RunError, refuse_another_run
+from study import Study, load_study
 from training import (
     RECIPES,
     ROOT,
@@ -155,19 +157,39 @@ def _report(run_dir: Path, error: BaseException | None, failed: dict, progress: 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="+", help=f"of {', '.join(RECIPES)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="0")
-    parser.add_argument("--protocol", default="val", help="val, full or test-selected (val)")
+    parser.add_argument("recipes", nargs="*", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--study", help="a file that names recipes, seeds and protocol: study.py")
+    parser.add_argument("--seeds", nargs="+", type=int, help="0")
+    parser.add_argument("--protocol", help="val, full or test-selected (val)")
     parser.add_argument("--dataset", default="auto", help="auto, cifar10 or shapes (auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    parser.add_argument("--folder", default="runs", help="of the run directories (runs)")
+    parser.add_argument("--folder", help="of the run directories (runs, or runs/<study>)")
     parser.add_argument("--jobs", type=int, help="runs at once (one a core; on a GPU 8)")
+    args = vars(parser.parse_args(argv))
     try:
-        train_many(**vars(parser.parse_args(argv)))
+        study = _apply_study(args)
+        train_many(**{k: v for k, v in args.items() if v is not None})
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from the last finished epochs")
+    if study:
+        from analysis import find_runs, study_table  # matplotlib, which the runs do without
+
+        print(f"\n{study.about}\n\n{study_table(find_runs(ROOT / args['folder']))}")
+
+
+def _apply_study(args: dict) -> Study | None:
+    """Takes the study's file out of `args`, and puts in what it names."""
+    file = args.pop("study")
+    if file is None:
+        return None
+    if args["recipes"] or args["seeds"] or args["protocol"]:
+        raise ValueError("a study names its own recipes, seeds and protocol: leave these out")
+    study = load_study(file)
+    args |= {"recipes": study.recipes, "seeds": study.seeds, "protocol": study.protocol}
+    args["folder"] = args["folder"] or study.folder
+    return study
 
 
 if __name__ == "__main__":

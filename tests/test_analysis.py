@@ -341,6 +341,48 @@ def test_the_published_reference_comes_first_where_asked_for(write_run):
     assert "as published" in rows[1][0] and rows[2][0] == "quick"
 
 
+@pytest.fixture
+def a_study(write_run):
+    """Two runs of the base, two of a better variation, one of a worse, one unfinished."""
+    runs = []
+    for name, accuracies in (("base", [40, 42]), ("worse", [35]), ("higher_rate", [45, 49])):
+        for seed, accuracy in enumerate(accuracies):
+            run = write_run(f"{name}{seed}", recipe=name, seed=seed, val_acc=float(accuracy))
+            run.config["recipe"]["lr"] = {"base": 0.1, "worse": 0.05, "higher_rate": 0.2}[name]
+            runs.append(run)
+    return [*runs, write_run("late", recipe="late", finished=False)]
+
+
+def test_a_study_is_compared_with_its_base(a_study):
+    table = analysis.study_table(a_study)
+    header, base, higher, worse = rows_of(table)
+    assert header[3] == "validation, %" and base[:3] == ["base", "", "n = 2"]
+    error = math.sqrt(statistics.variance([40, 42]) / 2 + statistics.variance([45, 49]) / 2)
+    assert higher == [
+        "higher rate", "`lr=0.2`", "n = 2", f"47.00 ± {8**0.5:.2f}", f"+6.00 ± {error:.2f}",
+    ]  # fmt: skip
+    assert worse == ["worse", "`lr=0.05`", "n = 1", "35.00", "-6.00"]
+    assert "CIFAR-10, protocol val, 4 epochs" in table and "left out: 1 run" in table
+    with pytest.raises(ValueError, match="has one base"):
+        analysis.study_table(a_study[2:])
+
+
+def test_where_nothing_is_held_back_a_study_says_test(write_run):
+    runs = [
+        write_run(n, recipe=n, protocol="full", test_acc=a) for n, a in (("base", 80), ("x", 81))
+    ]
+    header, _, row = rows_of(analysis.study_table(runs))
+    assert header[3] == "test, %" and row[-1] == "+1.00"
+
+
+def test_the_study_figure_shows_each_variation(a_study):
+    figure = analysis.plot_study(a_study)
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["higher rate, n = 2", "worse, n = 1"]
+    assert next(line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1) == 6
+    assert "CIFAR-10" in texts(figure)
+
+
 def with_history(run, best_epoch=None, **columns):
     """`run`, its history's columns replaced, and another chosen epoch."""
     history = run.history | {name: np.array(values, float) for name, values in columns.items()}

@@ -1,0 +1,92 @@
+"""Studies: files that say what to train, and the tables and figures of what came of them."""
+
+import pytest
+import yaml
+
+import sweep
+from study import ROOT, load_study
+from training import RECIPES, get_recipe
+
+SMALL = {
+    "about": "Is a higher rate better?",
+    "base": "quick",
+    "always": {"epochs": 1, "start_side": 32},
+    "seeds": [0, 1],
+    "variations": {"lr 0.1": {"lr": 0.1}, "no dilation": {"dilated": False}},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changes):
+        content = {k: v for k, v in {**SMALL, **changes}.items() if v is not None}
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+        return tmp_path / "small.yaml"
+
+    return write
+
+
+def test_a_study_is_recipes_and_seeds(write):
+    study = load_study(write())
+    base = get_recipe("quick", name="base", epochs=1, start_side=32)
+    assert study.recipes == (
+        base,
+        get_recipe(base, name="lr_0.1", lr=0.1),
+        get_recipe(base, name="no_dilation", dilated=False),
+    )
+    assert (study.name, study.seeds, study.protocol) == ("small", (0, 1), "val")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_studies_here_can_be_run(file):
+    assert load_study(file.relative_to(ROOT)).recipes
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"base": None}, "no 'base'; a study has about, always, base"),
+        ({"sedes": [1]}, "unknown key 'sedes'"),
+        ({"base": "slow"}, f"unknown recipe 'slow'; valid: {', '.join(RECIPES)}"),
+        ({"variations": {"x": {"lrate": 1}}}, "variation 'x': unknown recipe field 'lrate'"),
+        ({"variations": {"x": {"lr": -1}}}, "variation 'x': lr must be"),
+        ({"variations": {"x": {"epochs": 1}}}, "'x' changes nothing"),
+        ({"variations": {"../x": {"lr": 1}}}, "a variation's name has letters"),
+        ({"variations": ["lr"]}, "variations must be a mapping"),
+        ({"seeds": [0, 0]}, "list of different whole numbers"),
+        ({"seeds": ["a"]}, "seed must be a whole number"),
+        ({"protocol": "train"}, "unknown protocol 'train'"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_name(write, changes, says):
+    with pytest.raises(ValueError) as caught:
+        load_study(write(**changes))
+    assert str(caught.value).startswith("small.yaml: ") and says in str(caught.value)
+
+
+def test_what_is_no_study_is_refused(write):
+    file = write()
+    with pytest.raises(FileNotFoundError, match=r"no study at .*other\.yaml; there: small\.yaml"):
+        load_study(file.with_name("other.yaml"))
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"small\.yaml is not YAML"):
+        load_study(file)
+
+
+def test_a_study_is_swept_into_a_table_and_kept(write, tmp_path, monkeypatch, capsys, tiny):
+    study = write(seeds=[0], variations={"lr 0.1": {"lr": 0.1}})
+    train_many = sweep.train_many
+    monkeypatch.setattr(sweep, "train_many", lambda **a: train_many(**a | {"dataset": tiny}))
+    command = ["--study", str(study), "--folder", str(tmp_path / "out")]
+    sweep.main(command)
+    printed = capsys.readouterr().out
+    assert "Is a higher rate better?" in printed and "| lr 0.1 | `lr=0.1` | n = 1 |" in printed
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"base-val-seed0", "lr_0.1-val-seed0"}
+    sweep.main(command)
+    assert capsys.readouterr().out.count("kept") == 2
+
+
+def test_a_study_and_recipes_exclude_each_other(write):
+    for more in (["quick"], ["--seeds", "1"], ["--protocol", "val"]):
+        with pytest.raises(SystemExit, match="leave these out"):
+            sweep.main([*more, "--study", str(write())])
