@@ -18,6 +18,7 @@ from torch import nn
 
 import analysis
 import cifar10
+from analysis.measures import augmented
 from tiny_cifar10_net import NetCIFAR10_Tiny
 
 HISTORY = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
@@ -609,7 +610,7 @@ def test_without_augmentation_every_build_gives_back_the_picture(tiny):
     stats = cifar10.channel_stats(tiny.train_images)
     images = tiny.train_images[:2]
     for build in ("batched", "torchvision"):
-        back = analysis._augmented(images, "none", build, stats, seed=0)
+        back = augmented(images, "none", build, stats, seed=0)
         np.testing.assert_allclose(back, images / 255, atol=1e-5)
 
 

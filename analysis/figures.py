@@ -1,0 +1,588 @@
+"""Figures, matplotlib's: each says in its title on which data it rests."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+from torch import nn
+
+import augment
+import cifar10
+from analysis.measures import (
+    augmented,
+    calibration,
+    check_at_least,
+    checked,
+    confusion_matrix,
+    effective_receptive_field,
+    share_within,
+)
+from analysis.runs import (
+    Run,
+    as_list,
+    comparable,
+    counted,
+    grouped,
+    load_model,
+    mean_difference,
+    published_networks,
+    selects_on,
+    settled,
+    study_groups,
+    variation_name,
+)
+from analysis.tables import mean_std
+from tiny_cifar10_net import Field, receptive_field
+
+PICTURE = 32  # side of a picture of CIFAR-10, in pixels
+
+# Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color, 2008).
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
+COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK)
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 10,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "figure.titlesize": 12,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw a figure in this module's style, and leave matplotlib's own settings alone."""
+
+    @functools.wraps(draw)
+    def styled(*args, **kwargs) -> Figure:
+        with plt.rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+            figure.draw_without_rendering()  # ticks take their style when they are first drawn
+            interactive = matplotlib.is_interactive()
+        # A notebook's backend is loaded by its first figure and turns interactive drawing on, one
+        # of the settings that the context has just put back: no later figure would be shown.
+        matplotlib.interactive(interactive)
+        return figure
+
+    return styled
+
+
+# -------------------------------------------------------------------------------------- of the data
+
+
+@_styled
+def plot_class_counts(data: cifar10.Data) -> Figure:
+    """How many pictures of each class there are for training and for testing."""
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    position, height = np.arange(len(data.classes)), 0.4
+    parts = (("train", data.train_labels, BLUE), ("test", data.test_labels, ORANGE))
+    for i, (label, labels, colour) in enumerate(parts):
+        counts = np.bincount(labels, minlength=len(data.classes))
+        bars = axes.barh(position + (i - 0.5) * height, counts, height, color=colour)
+        bars.set_label(f"{label}: {len(labels):,}")
+        axes.bar_label(bars, [f"{count:,}" for count in counts], padding=3, fontsize=8)
+    axes.set_yticks(position, data.classes)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("pictures")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title(f"Pictures per class · {data.title}")
+    return figure
+
+
+@_styled
+def plot_samples(data: cifar10.Data, per_class: int = 8) -> Figure:
+    """The first `per_class` training pictures of each class, a row a class."""
+    check_at_least("per_class", per_class, 1)
+    rows = [data.train_images[data.train_labels == c] for c in range(len(data.classes))]
+    per_class = min(per_class, *map(len, rows))
+    size = (max(4.5, 0.62 * per_class + 1.2), 0.62 * len(rows) + 0.6)
+    figure, axes = plt.subplots(figsize=size)
+    _draw_mosaic(axes, np.stack([row[:per_class] for row in rows]), data.classes)
+    figure.suptitle(_wrapped(f"Training pictures · {data.title}", figure))
+    return figure
+
+
+@_styled
+def plot_augmentations(
+    data: cifar10.Data,
+    policies: Sequence[str] | None = None,
+    builds: Sequence[str] | None = None,
+    n: int = 6,
+    seed: int = 0,
+) -> Figure:
+    """The first `n` training pictures under each policy, once for each build.
+
+    Args:
+        policies: names in `augment.POLICIES`; None is all.
+        builds: names in `augment.BUILDS`; None is all.
+        n: how many pictures.
+        seed: another one draws other augmentations. The builds draw differently from the same
+            seed: they agree in distribution, picture by picture only where nothing is random.
+
+    Raises:
+        ValueError: an unknown policy or build. ImportError: a build's library isn't there.
+    """
+    check_at_least("n", n, 1)
+    policies = list(augment.POLICIES) if policies is None else list(policies)
+    builds = list(augment.BUILDS) if builds is None else list(builds)
+    images, stats = data.train_images[:n], cifar10.channel_stats(data.train_images)
+    size = (max(4.5, 0.72 * n + 1.4), len(policies) * (0.72 * len(builds) + 0.35) + 0.5)
+    figure, all_axes = plt.subplots(len(policies), figsize=size, squeeze=False)
+    for axes, policy in zip(all_axes[:, 0], policies, strict=True):
+        rows = [augmented(images, policy, build, stats, seed) for build in builds]
+        _draw_mosaic(axes, np.stack(rows), builds)
+        axes.set_title(f"policy {policy}", loc="left")
+    figure.suptitle(_wrapped(f"Augmentation · {data.title}", figure))
+    return figure
+
+
+# ------------------------------------------------------------------ of the network and its training
+
+
+@_styled
+def plot_receptive_field(model: nn.Module) -> Figure:
+    """The receptive field after each layer that widens it, beside the side of a picture."""
+    fields = [f for f in receptive_field(model) if f.kernel > 1]  # 1x1 layers add nothing
+    figure, axes = plt.subplots(figsize=(9, 3.8))
+    position, sides = np.arange(len(fields)), np.array([f.field for f in fields])
+    dilated = np.array([f.dilation > 1 for f in fields])
+    for chosen, label, colour in ((~dilated, "3x3", BLUE), (dilated, "3x3, dilated", ORANGE)):
+        if chosen.any():
+            bars = axes.bar(position[chosen], sides[chosen], 0.7, color=colour, label=label)
+            axes.bar_label(bars, sides[chosen], padding=2, fontsize=9)
+    axes.axhline(PICTURE, color=BLACK, linestyle="--", linewidth=1)
+    axes.text(-0.35, PICTURE + 0.7, f"side of a picture: {PICTURE} px", fontsize=9)
+    axes.set_xticks(position, [_field_label(f) for f in fields], fontsize=8, va="top")
+    axes.grid(axis="x", visible=False)
+    axes.set_ylim(0, max(PICTURE, sides.max()) * 1.12)
+    axes.set_ylabel("receptive field, px")
+    axes.legend(loc="upper left")
+    name = type(model).__name__
+    axes.set_title(f"{name}: each output of the last layer sees {sides[-1]} x {sides[-1]} px")
+    return figure
+
+
+@_styled
+def plot_history(runs: Run | Iterable[Run]) -> Figure:
+    """Loss, accuracy and learning rate by epoch, of one run or of many, a colour a run.
+
+    Dashed is training, on the pictures as they were augmented; solid is what selects the epoch
+    (validation or, said plainly, test); a star marks the selected epoch of a finished run.
+
+    Raises:
+        ValueError: no run at all.
+    """
+    runs = as_list(runs)
+    if not runs:
+        raise ValueError("there is no run to plot: pass one or more, as load_run gives them")
+    figure, (loss, accuracy, lr) = plt.subplots(1, 3, figsize=(11, 3.9))
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        _draw_curves(loss, run, "loss", colour)
+        _draw_curves(accuracy, run, "acc", colour)
+        lr.plot(run.history["epoch"], run.history["lr"], color=colour, marker=_marker(run))
+    if all(run.config["recipe"].get("schedule") == "plateau" for run in runs):
+        lr.set_yscale("log")  # its drops are factors
+    solid = _selection_labels(runs)
+    shown = f"train (dashed), {solid}" if solid else "train (dashed)"
+    for axes, what in ((loss, "loss"), (accuracy, "accuracy, %")):
+        axes.set_ylabel(f"{what}\n{shown}", fontsize=9)
+    lr.set_ylabel("learning rate at the epoch's end", fontsize=9)
+    for axes in (loss, accuracy, lr):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _history_legend(figure, runs)
+    return figure
+
+
+# --------------------------------------------------------------------- of what a network gets wrong
+
+
+@_styled
+def plot_confusion(
+    log_p: np.ndarray, labels: np.ndarray, classes: Sequence[str], title: str
+) -> Figure:
+    """The confusion matrix: counts in the cells, the share of the true class as colour.
+
+    Args:
+        log_p: log-probabilities (N, classes).
+        labels: integers (N,).
+        classes: names, by label.
+        title: what the numbers rest on: a run's title.
+    """
+    predicted = checked(log_p, labels).argmax(axis=1)
+    counts = confusion_matrix(labels, predicted, len(classes))
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = plt.subplots(figsize=(7.5, 6.4))
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for i, j in np.argwhere(counts):
+        colour = "white" if shares[i, j] > 50 else "black"
+        axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.grid(False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    figure.colorbar(picture, label="share of the true class, %", shrink=0.8)
+    figure.suptitle(_wrapped(f"Confusion matrix, test pictures · {title}", figure))
+    return figure
+
+
+@_styled
+def plot_per_class(
+    log_p: np.ndarray, labels: np.ndarray, classes: Sequence[str], title: str
+) -> Figure:
+    """Accuracy class by class, best first, beside the whole; arguments as in `plot_confusion`."""
+    predicted = checked(log_p, labels).argmax(axis=1)
+    counts = confusion_matrix(labels, predicted, len(classes))
+    accuracy = 100 * counts.diagonal() / np.maximum(counts.sum(axis=1), 1)
+    overall = 100 * counts.trace() / counts.sum()
+    order = np.argsort(-accuracy, kind="stable")
+    figure, axes = plt.subplots(figsize=(8, 3.8))
+    bars = axes.barh(range(len(classes)), accuracy[order], color=BLUE, height=0.7)
+    axes.axvline(overall, color=ORANGE, linestyle="--")
+    around = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    texts = [f"{a:.1f}" for a in accuracy[order]]
+    axes.bar_label(bars, texts, padding=3, fontsize=9, bbox=around)
+    axes.set_yticks(range(len(classes)), [classes[i] for i in order])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 108)
+    axes.set_xlabel(f"accuracy on the test pictures, % (dashed: all classes, {overall:.2f} %)")
+    figure.suptitle(_wrapped(f"Accuracy by class · {title}", figure))
+    return figure
+
+
+@_styled
+def plot_mistakes(
+    log_p: np.ndarray, data: cifar10.Data, n: int = 16, title: str | None = None
+) -> Figure:
+    """The `n` test pictures that the network gets wrong and is surest of, surest first.
+
+    Args:
+        log_p: log-probabilities of data's test pictures, (N, classes).
+        title: what the figure rests on; None is the data's title.
+    """
+    check_at_least("n", n, 1)
+    predicted = checked(log_p, data.test_labels).argmax(axis=1)
+    confidence = np.exp(log_p.max(axis=1))
+    wrong = np.flatnonzero(predicted != data.test_labels)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:n]
+    columns = min(8, max(4, len(worst)))
+    rows = max(1, -(-len(worst) // columns))
+    figure, all_axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.85 * rows + 0.6))
+    for axes in all_axes.flat:
+        axes.axis("off")
+    for axes, i in zip(all_axes.flat, worst, strict=False):
+        axes.imshow(data.test_images[i])
+        true, taken = data.classes[data.test_labels[i]], data.classes[predicted[i]]
+        axes.set_title(f"{true}\n→ {taken}\n{100 * confidence[i]:.1f} %", fontsize=9)
+    what = f"{len(worst)} surest of {counted(len(wrong), 'mistake')}: true → predicted, probability"
+    what = what if len(wrong) else "No mistake on the test pictures"
+    figure.suptitle(_wrapped(f"{what} · {title or data.title}", figure))
+    return figure
+
+
+@_styled
+def plot_reliability(log_p: np.ndarray, labels: np.ndarray, title: str, bins: int = 15) -> Figure:
+    """Reliability diagram: accuracy by confidence, how many predictions lie there, and the ECE.
+
+    Arguments as in `calibration`, where the source is.
+    """
+    rows, ece = calibration(log_p, labels, bins)
+    filled = [row for row in rows if row.count]
+    centres, width = [(row.low + row.high) / 2 for row in filled], 0.94 / bins
+    sizes = {"height_ratios": (3, 1)}
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(6.4, 6), gridspec_kw=sizes)
+    accuracy, confidence = [r.accuracy for r in filled], [r.confidence for r in filled]
+    top.bar(centres, accuracy, width, color=BLUE, label="accuracy")
+    gaps = np.subtract(confidence, accuracy)
+    look = {"facecolor": "none", "edgecolor": RED, "hatch": "///", "linewidth": 0.8}
+    top.bar(centres, gaps, width, bottom=accuracy, label="gap to the confidence", **look)
+    top.plot((0, 1), (0, 1), "--", color=BLACK, linewidth=1, label="perfectly calibrated")
+    top.text(0.97, 0.06, f"ECE {100 * ece:.2f} %", transform=top.transAxes, ha="right", fontsize=11)
+    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    top.legend(loc="upper left")
+    bottom.bar(centres, [row.count for row in filled], width, color=GREY)
+    bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="predictions")
+    figure.suptitle(_wrapped(f"Reliability, test pictures · {title}", figure))
+    return figure
+
+
+# ----------------------------------------------------------------------- of what a network looks at
+
+
+@_styled
+def plot_effective_receptive_field(
+    source: Run | nn.Module, data: cifar10.Data, n: int = 64
+) -> Figure:
+    """The effective receptive field beside the theoretical one and the picture.
+
+    It is measured on the first `n` test pictures, each continued by reflection on all sides, so
+    that the theoretical field fits in.
+
+    Args:
+        source: a run, or a network; a network without `mean` and `std` gets those of the data.
+    """
+    check_at_least("n", n, 1)
+    is_run = isinstance(source, Run)
+    model, title = (load_model(source), source.title) if is_run else (source, data.title)
+    stats = cifar10.channel_stats(data.train_images)
+    mean, std = getattr(model, "mean", None) or stats.mean, getattr(model, "std", None) or stats.std
+    theoretical, margin = receptive_field(model)[-1].field, PICTURE // 2
+    around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+    images = np.pad(data.test_images[:n], around, mode="reflect")
+    field = effective_receptive_field(model, images, mean, std)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
+    _draw_field(left, field, theoretical, margin)
+    _draw_shares(right, field, theoretical)
+    what = f"Effective receptive field over {counted(len(images), 'picture')}"
+    figure.suptitle(_wrapped(f"{what} · {title}", figure))
+    return figure
+
+
+# ----------------------------------------------------------------------------- of runs among others
+
+
+@_styled
+def plot_study(runs: Iterable[Run]) -> Figure:
+    """What each variation of a study gains or loses against its base, with the standard error.
+
+    Raises:
+        ValueError: no finished base among the runs.
+    """
+    base, *others = study_groups(runs)
+    accuracy, where = settled(base)
+    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.36 * max(1, len(others))))
+    for row, group in enumerate(others):
+        difference, error = mean_difference(accuracy, settled(group)[0])
+        colour = GREEN if difference > 0 else RED
+        axes.errorbar(difference, row, xerr=error, fmt="o", color=colour, capsize=3)
+    axes.axvline(0, color=GREY, linestyle="--")
+    axes.set_yticks(range(len(others)), [f"{variation_name(g)}, n = {len(g)}" for g in others])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(y=0.08)
+    axes.set_xlabel(
+        f"{where} accuracy less the base's ({statistics.fmean(accuracy):.2f} %, "
+        f"n = {len(base)}), points"
+    )
+    figure.suptitle(_wrapped(f"Variations of the base · {base[0].data_title}", figure))
+    return figure
+
+
+@_styled
+def plot_accuracy_vs_params(runs: Run | Iterable[Run] = ()) -> Figure:
+    """Test accuracy against parameters: these runs beside the published networks.
+
+    Runs are drawn as mean and sample standard deviation over seeds, for each recipe and protocol.
+    Only finished runs on the whole of CIFAR-10 are comparable; a note says how many were left out.
+    """
+    runs = as_list(runs)
+    groups, _ = grouped(run for run in runs if comparable(run))
+    figure, axes = plt.subplots(figsize=(10, 5.6))
+    points = [(p.parameters, p.accuracy, p.network, GREY) for p in published_networks()]
+    axes.scatter(*zip(*[point[:2] for point in points], strict=True), s=24, color=GREY)
+    for group, colour in zip(groups, _colours(len(groups)), strict=True):
+        points.append(_draw_group(axes, group, colour))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.margins(x=0.12, y=0.08)
+    axes.set_xlabel("trainable parameters")
+    axes.set_ylabel("test accuracy, %")
+    left_out = sum(not comparable(run) for run in runs)
+    notes = ["Grey: as their authors report it, see results/published.csv."]
+    if left_out:
+        why = "not finished, or not on the whole of CIFAR-10"
+        notes.append(f"Left out: {counted(left_out, 'run')}, {why}.")
+    figure.supxlabel(" ".join(notes), fontsize=9, color="#444444")
+    axes.set_title("Small networks on CIFAR-10")
+    _label_points(axes, points[::-1])  # ours first: they get the best places
+    return figure
+
+
+# --------------------------------------------------------------------------------- parts of figures
+
+
+def _selection_labels(runs: Sequence[Run]) -> str:
+    """What the solid curves show; empty where nothing was selected."""
+    labels = {"validation": "validation", "test": "test (selection!)"}
+    selected_on = dict.fromkeys(filter(None, map(selects_on, runs)))
+    return " and ".join(labels[where] for where in selected_on)
+
+
+def _wrapped(title: str, figure: Figure) -> str:
+    """A title in as many lines as the figure's width asks for, broken after a dot or a comma."""
+    parts = title.replace(" ", "\xa0").replace("·\xa0", "· ").replace(",\xa0", ", ")
+    letters = int(11 * figure.get_figwidth())  # about 11 an inch
+    lines = textwrap.wrap(parts, letters, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\xa0", " ")
+
+
+def _colours(n: int) -> list:
+    return list(COLOURS[:n]) if n <= len(COLOURS) else list(plt.cm.viridis(np.linspace(0, 0.9, n)))
+
+
+def _draw_mosaic(axes: Axes, pictures: np.ndarray, names: Sequence[str], gap: int = 2) -> None:
+    """Pictures (rows, columns, H, W, 3) as one image, with a name for each row."""
+    rows, columns, height, width, _ = pictures.shape
+    white = 255 if pictures.dtype == np.uint8 else 1.0
+    padding = ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0))
+    tiles = np.pad(pictures, padding, constant_values=white).swapaxes(1, 2)
+    axes.imshow(tiles.reshape(rows * (height + gap), columns * (width + gap), 3)[:-gap, :-gap])
+    axes.set_yticks(height / 2 + np.arange(rows) * (height + gap), names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def _field_label(field: Field) -> str:
+    """A layer's name, and below it what sets it apart."""
+    apart = [f"dilation {field.dilation}"] if field.dilation > 1 else []
+    apart += [f"stride {field.stride}"] if field.stride > 1 else []
+    return "\n".join([field.name, *apart])
+
+
+def _marker(run: Run) -> str:
+    return "o" if run.epochs <= 15 else ""  # a single epoch is a point; fifty are a line
+
+
+def _draw_curves(axes: Axes, run: Run, what: str, colour) -> None:
+    epochs, look = run.history["epoch"], {"color": colour, "marker": _marker(run)}
+    selection = run.history[f"val_{what}"]
+    axes.plot(epochs, run.history[f"train_{what}"], "--", markerfacecolor="white", **look)
+    if selects_on(run) is None:
+        return
+    axes.plot(epochs, selection, "-", **look)
+    if run.metrics is not None:
+        best = run.metrics["best_epoch"]
+        axes.plot(best, selection[best - 1], "*", color=colour, ms=13, markeredgecolor="white")
+
+
+def _history_legend(figure: Figure, runs: Sequence[Run]) -> None:
+    """One run is named in the title; many are named in a legend, where their colour is."""
+    entries = {}
+    if len(runs) == 1:
+        figure.suptitle(_wrapped(runs[0].title, figure))
+    else:
+        data = list(dict.fromkeys(run.data_title for run in runs))
+        figure.suptitle(_wrapped(f"{len(runs)} runs · {' and '.join(data)}", figure))
+        colours = zip(runs, _colours(len(runs)), strict=True)
+        entries = {
+            f"{run.name}: {run.label if len(data) == 1 else run.title}": {"color": colour}
+            for run, colour in colours
+        }
+    entries["train, as augmented"] = {"color": GREY, "linestyle": "--"}
+    if solid := _selection_labels(runs):
+        entries[solid] = {"color": GREY}
+    if any(run.metrics and selects_on(run) for run in runs):
+        entries["selected epoch"] = {"color": GREY, "marker": "*", "ls": "", "markersize": 11}
+    handles = [Line2D([], [], label=label, **look) for label, look in entries.items()]
+    columns = len(entries) if len(runs) == 1 else 2 if max(map(len, entries)) < 72 else 1
+    figure.set_figheight(figure.get_figheight() + 0.21 * -(-len(entries) // columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) -> None:
+    """The field in colour, on a logarithmic scale, as its rim is a thousand times weaker."""
+    side, centre = len(field), len(field) // 2
+    shown = field / field.max()
+    picture = axes.imshow(shown, cmap="magma", norm=LogNorm(1e-4, 1, clip=True))
+    axes.figure.colorbar(picture, ax=axes, label="gradient, relative to its peak", shrink=0.85)
+    look = {"fill": False, "linewidth": 1.6}
+    corner, low = (margin - 0.5,) * 2, (centre - theoretical / 2,) * 2
+    square = Rectangle(corner, PICTURE, PICTURE, edgecolor="white", linestyle="--", **look)
+    axes.add_patch(square).set_label(f"the picture, {PICTURE} px")
+    square = Rectangle(low, theoretical, theoretical, edgecolor=SKY, **look)
+    axes.add_patch(square).set_label(f"theoretical field, {theoretical} px")
+    axes.legend(loc="upper left", labelcolor="white", frameon=True, facecolor="#222222")
+    axes.set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5), xlabel="px", ylabel="px")
+    axes.grid(False)
+
+
+def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
+    """How much of the gradient lies within a centred square of each side."""
+    sides = range(1, len(field) + 1)
+    axes.plot(sides, [share_within(field, side) for side in sides], color=BLUE)
+    for side in dict.fromkeys((15, PICTURE, theoretical)):
+        share = share_within(field, side)
+        axes.plot(side, share, "o", color=BLUE, markersize=6)
+        place = {"xytext": (6, -5), "textcoords": "offset points", "ha": "left", "va": "top"}
+        axes.annotate(f"{share:.1f} %\nwithin {side} px", (side, share), fontsize=9, **place)
+    axes.set(xlim=(0, len(field)), ylim=(0, 105))
+    axes.set(xlabel="side of a centred square, px", ylabel="share of the gradient inside, %")
+
+
+def _draw_group(axes: Axes, group: list[Run], colour) -> tuple[int, float, str, str]:
+    """One recipe's runs as a point with an error bar; returns what its label needs."""
+    accuracies = [run.metrics["test_acc"] for run in group]
+    mean, x = statistics.fmean(accuracies), group[0].metrics["params"]
+    std = statistics.stdev(accuracies) if len(group) > 1 else None
+    axes.errorbar(x, mean, std, fmt="D", color=colour, markersize=7, capsize=4)
+    run = group[0]
+    name = f"{run.config['recipe']['name']} · {run.protocol}: {mean_std(accuracies)}"
+    return x, mean, f"{name} (n = {len(group)})", colour
+
+
+def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name each point where its name covers no other: the first free place around it."""
+    axes.figure.draw_without_rendering()  # places are known only once the layout is
+    spots = [axes.transData.transform(point[:2]) for point in points]
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
+    frame = axes.get_window_extent()
+    for x, y, name, colour in points:
+        look = {"fontsize": 9, "color": "#555555" if colour == GREY else BLACK}
+        for place in _PLACES:
+            note = axes.annotate(name, (x, y), textcoords="offset points", **place, **look)
+            box = note.get_window_extent()
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            if place is not _PLACES[-1]:
+                note.remove()
+        taken.append(box)
+
+
+# Beside a point, above and below it, and further up and down on its right.
+_PLACES = [
+    {"xytext": (8, 0), "ha": "left", "va": "center"},
+    {"xytext": (-8, 0), "ha": "right", "va": "center"},
+    {"xytext": (0, 7), "ha": "center", "va": "bottom"},
+    {"xytext": (0, -7), "ha": "center", "va": "top"},
+] + [
+    {"xytext": (8, sign * dy), "ha": "left", "va": "center"}
+    for dy in range(10, 60, 5)
+    for sign in (1, -1)
+]

@@ -1,0 +1,285 @@
+"""Run directories, read; runs alike but for their seed, grouped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import cifar10
+from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
+from training import HISTORY_COLUMNS, PROTOCOLS, Recipe, log_probabilities
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.csv"
+
+
+_DEFAULTS = asdict(Recipe(""))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run directory holds; `load_run` makes it.
+
+    Attributes:
+        folder: the run directory.
+        name: its name.
+        config: config.json.
+        history: the columns of history.csv, float64 (epochs,) each, NaN where a field is empty.
+        metrics: metrics.json; None while the run isn't finished.
+    """
+
+    folder: Path
+    name: str
+    config: dict
+    history: dict[str, np.ndarray]
+    metrics: dict | None
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs are done."""
+        return len(self.history["epoch"])
+
+    @property
+    def data_title(self) -> str:
+        """The data set, as `cifar10.Data.title` has it."""
+        return cifar10.title(self.config["dataset"], self.config.get("limit"))
+
+    @property
+    def stats(self) -> cifar10.Stats:
+        """The channel mean and std that its pictures were normalised with."""
+        return cifar10.Stats(tuple(self.config["mean"]), tuple(self.config["std"]))
+
+    @property
+    def protocol(self) -> str:
+        """The protocol; where the epoch was chosen on test, it says so."""
+        name = self.config["protocol"]
+        return f"{name}: epoch chosen on test" if name == "test-selected" else name
+
+    @property
+    def label(self) -> str:
+        """What tells it from other runs on its data, e.g. "quick · val · seed 0"."""
+        parts = [self.config["recipe"]["name"], self.protocol, f"seed {self.config['seed']}"]
+        if self.metrics is None:
+            parts.append(f"unfinished, {counted(self.epochs, 'epoch')}")
+        return " · ".join(parts)
+
+    @property
+    def title(self) -> str:
+        """What a figure says about its run, e.g. "quick · val · seed 0 · CIFAR-10"."""
+        return f"{self.label} · {self.data_title}"
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run directory, finished or not.
+
+    Raises:
+        FileNotFoundError: the folder isn't a run directory; lists those beside it.
+        ValueError: a file in it isn't what training wrote.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        beside = ", ".join(sorted(f.parent.name for f in folder.parent.glob("*/config.json")))
+        raise FileNotFoundError(
+            f"{folder} is not a run directory: expected one that holds config.json, as train() "
+            f"writes it; beside it there {f'are: {beside}' if beside else 'is none'}"
+        )
+    config = _read_json(folder / "config.json", ("recipe", "seed", "protocol", "dataset", "split"))
+    if config["protocol"] not in PROTOCOLS:
+        raise ValueError(
+            f"{folder / 'config.json'} names the protocol {config['protocol']!r}; expected one of "
+            f"{', '.join(PROTOCOLS)}: was it written by another version?"
+        )
+    finished = (folder / "metrics.json").is_file()
+    metrics = _read_json(folder / "metrics.json", ("test_acc", "params")) if finished else None
+    name = folder.resolve().name
+    return Run(folder, name, config, _read_history(folder / "history.csv"), metrics)
+
+
+def load_runs(folders: Iterable[str | Path]) -> list[Run]:
+    """Read several run directories; see `load_run`."""
+    if isinstance(folders, (str, Path)):
+        raise TypeError(
+            f"load_runs takes a list of run directories, got {str(folders)!r}: "
+            "use load_run for one, or find_runs for all in a folder"
+        )
+    return [load_run(folder) for folder in folders]
+
+
+def find_runs(parent: str | Path) -> list[Run]:
+    """All run directories directly below `parent`, sorted by name; there may be none.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    parent = Path(parent)
+    if not parent.is_dir():
+        raise FileNotFoundError(f"no folder {parent}: name one that holds run directories")
+    return load_runs(sorted(file.parent for file in parent.glob("*/config.json")))
+
+
+def _read_json(file: Path, needed: Sequence[str]) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON, as train() writes it: {error}") from error
+    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{file} was not written by train(): it lacks {', '.join(missing)}")
+    return content
+
+
+def _read_history(file: Path) -> dict[str, np.ndarray]:
+    """A run killed in its first epoch has no history.csv yet: columns of length 0."""
+    rows = []
+    if file.is_file():
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+    try:
+        columns = {name: [float(row[name] or "nan") for row in rows] for name in HISTORY_COLUMNS}
+        return {name: np.array(values) for name, values in columns.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} can't be read ({error!r}); expected numbers in {', '.join(HISTORY_COLUMNS)}"
+        ) from error
+
+
+def load_data(run: Run, root: str | Path | None = None) -> cifar10.Data:
+    """The data set that a run was trained on; `root` and what it raises: see `cifar10.load`."""
+    return cifar10.load(run.config["dataset"], root=root, limit=run.config.get("limit"))
+
+
+def load_model(run: Run) -> NetCIFAR10_Tiny:
+    """The network of a run's selected epoch (so far, if it isn't finished), in eval mode, on CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: no weights, or unusable ones; see `load_pretrained`.
+    """
+    return load_pretrained(run.folder)
+
+
+def test_log_probabilities(run: Run, data: cifar10.Data) -> np.ndarray:
+    """What a run's network says of the test pictures: log-probabilities, float32 (N, classes).
+
+    Raises:
+        ValueError: `data` isn't what the run was trained on.
+    """
+    require_its_data(run, data)
+    return log_probabilities(load_model(run), data.test_images, run.stats).numpy()
+
+
+test_log_probabilities.__test__ = False  # its name makes pytest take it for a test
+
+
+def require_its_data(run: Run, data: cifar10.Data) -> None:
+    if data.checksum != run.config["data_sha256"]:
+        raise ValueError(
+            f"run {run.name} was trained on {run.data_title} (sha256 "
+            f"{run.config['data_sha256'][:12]}), not on {data.title} ({data.checksum[:12]}): "
+            "pass the data of load_data(run)"
+        )
+
+
+def as_list(runs: Run | Iterable[Run]) -> list[Run]:
+    return [runs] if isinstance(runs, Run) else list(runs)
+
+
+def selects_on(run: Run) -> str | None:
+    """What chose the epoch: validation, test, or nothing."""
+    return {"val": "validation", "test-selected": "test"}.get(run.config["protocol"])
+
+
+def comparable(run: Run) -> bool:
+    whole = run.config["dataset"] == "cifar10" and run.config.get("limit") is None
+    return whole and run.metrics is not None
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
+    """Finished runs alike but for their seed; and the names of those whose seed came before.
+
+    Whole recipes are compared, not their names: a mean over two recipes would mean nothing.
+    """
+    groups: dict[tuple, dict[int, Run]] = {}
+    repeats = []
+    for run in runs:
+        if run.metrics is None:
+            continue
+        recipe = _DEFAULTS | run.config["recipe"]  # a field that came later had its default
+        key = (json.dumps(recipe, sort_keys=True), run.data_title, run.protocol)
+        seeds = groups.setdefault(key, {})
+        if run.config["seed"] in seeds:
+            repeats.append(run.name)
+        seeds.setdefault(run.config["seed"], run)
+    return [list(seeds.values()) for seeds in groups.values()], repeats
+
+
+def study_groups(runs: Iterable[Run]) -> list[list[Run]]:
+    """The runs of each variation, the base first, then best first."""
+    groups, _ = grouped(runs)
+    base = [group for group in groups if variation_name(group) == "base"]
+    if len(base) != 1:
+        raise ValueError(
+            f"a study has one base with a finished run; here there are {len(base)}: train it "
+            "first, with make sweep STUDY=..., and pass the runs of one study"
+        )
+    others = [group for group in groups if group is not base[0]]
+    return [*base, *sorted(others, key=lambda g: -statistics.fmean(settled(g)[0]))]
+
+
+def variation_name(group: list[Run]) -> str:
+    return group[0].config["recipe"]["name"].replace("_", " ")
+
+
+def settled(group: list[Run]) -> tuple[list[float], str]:
+    """The accuracies by which a study decides, and on what they are."""
+    if selects_on(group[0]) == "validation":
+        return [run.metrics["val_acc"] for run in group], "validation"
+    return [run.metrics["test_acc"] for run in group], "test"
+
+
+def mean_difference(base: Sequence[float], values: Sequence[float]) -> tuple[float, float | None]:
+    """Of the means, and its standard error; None where a single run can't tell."""
+    difference = statistics.fmean(values) - statistics.fmean(base)
+    if min(len(base), len(values)) < 2:
+        return difference, None
+    return difference, math.sqrt(sum(statistics.variance(v) / len(v) for v in (base, values)))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A published network: its size, and its test accuracy in percent as its authors report it."""
+
+    network: str
+    parameters: int
+    multiply_adds: int | None
+    accuracy: float
+    how: str
+    source: str
+
+
+def published_networks(file: str | Path = PUBLISHED) -> list[Network]:
+    """The small networks on CIFAR-10 of results/published.csv, which names the sources.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a row that can't be read.
+    """
+    networks = []
+    for row in csv.DictReader(Path(file).read_text(encoding="utf-8").splitlines()):
+        try:
+            size, accuracy = int(row.pop("parameters")), float(row.pop("accuracy"))
+            macs = int(row.pop("multiply_adds") or 0) or None
+            networks.append(Network(parameters=size, multiply_adds=macs, accuracy=accuracy, **row))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file}: can't read a row, {error}; expected the columns network, parameters, "
+                "multiply_adds, accuracy, how, source"
+            ) from error
+    return networks
