@@ -3,13 +3,15 @@
     python publish.py             # rebuild
     python publish.py --verify    # evaluate all published weights anew: `make verify-results`
 
-Writes results/README.md, the tables in README.md between their marks, and curves.png in each run.
+Writes results/README.md, the tables in README.md and results/STUDY.md between their marks, and the
+figures: curves.png in each run, study.png in each study.
 No number among them is ever typed by hand; a test fails when they are stale.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -24,6 +26,7 @@ from training import evaluate
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
+STUDY_PAGE = RESULTS / "STUDY.md"
 BENCHMARK = ROOT / "benchmarks" / "cpu.json"
 
 HEAD = """\
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     verify_only = parser.parse_args(argv).verify
     runs = analysis.find_runs(RESULTS)
     try:
-        verify(runs) if verify_only else rebuild(runs)
+        verify([*runs, *itertools.chain(*studies().values())]) if verify_only else rebuild(runs)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
@@ -55,6 +58,17 @@ def rebuild(runs: list[analysis.Run]) -> None:
     for run in runs:
         analysis.plot_history(run).savefig(run.folder / "curves.png", dpi=110)
         print(f"results/{run.name}: {run.title}")
+    for name, varied in studies().items():
+        STUDY_PAGE.write_text(with_study(STUDY_PAGE.read_text(), name, varied))
+        analysis.plot_study(varied).savefig(RESULTS / name / "study.png", dpi=110)
+        print(f"results/{name}: a study of {len(varied)} runs")
+
+
+def studies() -> dict[str, list[analysis.Run]]:
+    """The runs of each study that has a folder under results/, by its name."""
+    files = sorted((ROOT / "studies").glob("*.yaml"))
+    published = [file.stem for file in files if (RESULTS / file.stem).is_dir()]
+    return {name: analysis.find_runs(RESULTS / name) for name in published}
 
 
 def verify(runs: list[analysis.Run]) -> None:
@@ -67,7 +81,7 @@ def verify(runs: list[analysis.Run]) -> None:
     wrong = []
     for run in runs:
         if run.metrics is None:
-            print(f"results/{run.name}: unfinished, not verified")
+            print(f"{run.folder.relative_to(ROOT)}: unfinished, not verified")
             continue
         model = load_pretrained(run.folder)
         stats = cifar10.Stats(model.mean, model.std)
@@ -75,7 +89,8 @@ def verify(runs: list[analysis.Run]) -> None:
         claimed = run.metrics["test_acc"]
         agrees = abs(accuracy - claimed) <= 0.01 + 1e-9
         print(
-            f"results/{run.name}: {accuracy:.2f} % measured, {claimed:.2f} % in metrics.json"
+            f"{run.folder.relative_to(ROOT)}: {accuracy:.2f} % measured, "
+            f"{claimed:.2f} % in metrics.json"
             + ("" if agrees else "  <- differs")
         )
         if not agrees:
@@ -113,11 +128,21 @@ def with_tables(readme: str, runs: list[analysis.Run]) -> str:
         "speed": speed_table(json.loads(BENCHMARK.read_text())),
     }
     for name, table in tables.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        readme, count = marked.subn(lambda m, table=table: m[1] + table + m[2], readme)
-        if count != 1:
-            raise ValueError(f"README.md must hold the marks <!-- {name} --> <!-- /{name} --> once")
+        readme = _between_marks(readme, name, table)
     return readme
+
+
+def with_study(page: str, name: str, runs: list[analysis.Run]) -> str:
+    """results/STUDY.md with the table of one study renewed, between its two marks."""
+    return _between_marks(page, name, analysis.study_table(runs))
+
+
+def _between_marks(page: str, name: str, table: str) -> str:
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    page, count = marked.subn(lambda m: m[1] + table + m[2], page)
+    if count != 1:
+        raise ValueError(f"the page must hold the marks <!-- {name} --> and <!-- /{name} --> once")
+    return page
 
 
 def _baselines(runs: list[analysis.Run]) -> list[analysis.Run]:

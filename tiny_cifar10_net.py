@@ -42,6 +42,7 @@ __all__ = [
     "PRETRAINED",
     "load_weights",
     "load_pretrained",
+    "run_path",
     "predict",
 ]
 
@@ -361,15 +362,8 @@ def load_pretrained(run: str | Path = "baseline") -> NetCIFAR10_Tiny:
         ValueError: its weights or its config.json can't be used, or the weights aren't those
             whose checksum its metrics.json holds.
     """
-    places = [RESULTS / PRETRAINED.get(str(run), run), Path(run), ROOT / run]
-    folder = next((p for p in places if (p / "config.json").is_file()), Path(run))
+    folder = run_path(run)
     config_file = folder / "config.json"
-    if not config_file.is_file():
-        names = sorted(p.parent.name for p in RESULTS.glob("*/config.json"))
-        raise FileNotFoundError(
-            f"no run at {str(run)!r}: expected the path of a run directory (it holds config.json "
-            f"and best.pt) or a published one: {', '.join([*PRETRAINED, *names])}"
-        )
     try:
         config = json.loads(config_file.read_text())
         model = NetCIFAR10_Tiny(len(config["classes"]), **config["model"])
@@ -380,6 +374,23 @@ def load_pretrained(run: str | Path = "baseline") -> NetCIFAR10_Tiny:
     load_weights(folder / "best.pt", model)
     _verify_checksum(folder)
     return model.eval()
+
+
+def run_path(run: str | Path) -> Path:
+    """The run directory that `load_pretrained` takes for `run`.
+
+    Raises:
+        FileNotFoundError: no such run; lists the published ones.
+    """
+    places = [RESULTS / PRETRAINED.get(str(run), run), Path(run), ROOT / run]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    names = sorted(p.parent.name for p in RESULTS.glob("*/config.json"))
+    raise FileNotFoundError(
+        f"no run at {str(run)!r}: expected the path of a run directory (it holds config.json "
+        f"and best.pt) or a published one: {', '.join([*PRETRAINED, *names])}"
+    )
 
 
 def _verify_checksum(folder: Path) -> None:

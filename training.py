@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import math
 import os
 import platform
@@ -43,7 +44,7 @@ import augment
 import cifar10
 from engine import CompiledNetwork, Memory, peak_memory
 from run_directory import RunError, claim, write, write_json
-from tiny_cifar10_net import NetCIFAR10_Tiny, layer_costs
+from tiny_cifar10_net import NetCIFAR10_Tiny, layer_costs, load_pretrained, run_path
 
 __all__ = [
     "HISTORY_COLUMNS",
@@ -111,6 +112,12 @@ class Recipe:
     label_smoothing: float = 0.0
     ema: float | None = None  # decay of the weights' moving average, per step; None: no average
 
+    teacher: str | None = (
+        None  # a run to learn from, as load_pretrained takes it; None: labels alone
+    )
+    teaching: float = 0.5  # the teacher's share of the loss, beside the labels'
+    temperature: float = 4.0  # softens what both say before the two are compared
+
     policy: str = "reference"  # a name in augment.POLICIES
     build: str = "batched"  # who makes the batches: batched, albumentations or torchvision
     calm: float = 0.0  # the share of the epochs, at the end, that use the policy `light` instead
@@ -136,6 +143,8 @@ class Recipe:
         _check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
         _check_choice("build", self.build, augment.BUILDS)
         augment.get_policy(self.policy)
+        if not isinstance(self.teacher, str | None):
+            raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
         if self.alternate_flip and self.build != "batched":
             raise ValueError(
                 f"alternate_flip is there for build 'batched' only; got build {self.build!r}"
@@ -178,6 +187,8 @@ _RANGES = {
     "plateau_patience": (int, 0, 10_000),
     "min_delta": (float, 0, 1),
     "label_smoothing": (float, 0, 0.9),
+    "teaching": (float, 0, 1),
+    "temperature": (float, 0.1, 100),
     "calm": (float, 0, 1),
     "start_side": (int, 8, 32),
     "grow": (float, 0, 1),
@@ -304,9 +315,10 @@ def train(
             f"batch_size must be a whole number from 1 to {len(problem.train_index)}, "
             f"the number of training images; got {recipe.batch_size}"
         )
+    teacher = _teacher(recipe, protocol, data)
     config = _config(recipe, seed, protocol, data, problem, device)
     with claim(run_dir, config, force), _repeatable():
-        run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile)
+        run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
         try:
             run.fit()
         except KeyboardInterrupt:
@@ -384,7 +396,9 @@ class _Problem:
 class _Run:
     """One training in progress. Its whole state between two epochs is what last.pt holds."""
 
-    def __init__(self, recipe, seed, problem, device, workers, run_dir, progress, compile):
+    def __init__(
+        self, recipe, seed, problem, device, workers, run_dir, progress, compile, teacher=None
+    ):
         self.recipe, self.problem, self.device = recipe, problem, device
         self.seed, self.run_dir, self.progress = seed, run_dir, progress
         torch.manual_seed(_key(seed))
@@ -395,6 +409,7 @@ class _Run:
         self.model = model.to(device, memory_format=torch.channels_last)
         sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides)
+        self.teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
         self.feed = _feed(recipe, seed, problem, device, workers)
         self.optimizer = _optimizer(recipe, self.model)
         steps = math.ceil(len(problem.train_index) / recipe.batch_size)
@@ -478,6 +493,11 @@ class _Run:
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         output = self.network(images)
         loss = _loss(output, labels, self.recipe.label_smoothing)
+        if self.teacher is not None:
+            with torch.no_grad():
+                lesson = self.teacher(images)
+            share = self.recipe.teaching
+            loss = (1 - share) * loss + share * _distance(output, lesson, self.recipe.temperature)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -653,6 +673,31 @@ def _loss(log_p: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Negative log-likelihood of log-probabilities, with label smoothing (Szegedy et al., 2016)."""
     nll = F.nll_loss(log_p, labels)
     return nll if smoothing == 0 else (1 - smoothing) * nll - smoothing * log_p.mean()
+
+
+def _distance(log_p: Tensor, lesson: Tensor, temperature: float) -> Tensor:
+    """Of a student's log-probabilities from a teacher's, both (N, classes), both softened.
+
+    Kullback-Leibler divergence times temperature², so that gradients keep their size (Hinton,
+    Vinyals and Dean, 2015, arXiv:1503.02531).
+    """
+    student, teacher = ((x / temperature).log_softmax(dim=1) for x in (log_p, lesson))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _teacher(recipe: Recipe, protocol: str, data: cifar10.Data) -> nn.Module | None:
+    """The network to learn from, in eval mode; refused where it knows more than it may pass on."""
+    if recipe.teacher is None:
+        return None
+    teacher = load_pretrained(recipe.teacher)
+    saw = json.loads((run_path(recipe.teacher) / "config.json").read_text())
+    if (saw["protocol"], saw["data_sha256"]) != (protocol, data.checksum):
+        raise ValueError(
+            f"teacher {recipe.teacher!r} was trained under protocol {saw['protocol']!r} on "
+            f"{cifar10.title(saw['dataset'], saw['limit'])}: it has to be {protocol!r} on "
+            f"{data.title}, as here, lest it pass on what this run mustn't see"
+        )
+    return teacher
 
 
 # ----------------------------------------------------------------------------- feeding the network

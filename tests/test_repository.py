@@ -16,7 +16,8 @@ from tiny_cifar10_net import load_pretrained
 
 ROOT = training.ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PUBLISHED = sorted(path.parent for path in (ROOT / "results").glob("*/config.json"))
+# Those of a study lie a folder deeper. An unfinished one holds nothing yet that could be wrong.
+PUBLISHED = sorted(path.parent for path in (ROOT / "results").rglob("metrics.json"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -67,6 +68,19 @@ def test_the_tables_are_those_of_the_runs():
     assert readme == publish.with_tables(readme, runs), "stale: run `make results`"
     page = (publish.RESULTS / "README.md").read_text()
     assert page == publish.results_page(runs), "stale: run `make results`"
+
+
+def test_the_tables_of_the_studies_are_those_of_their_runs():
+    page = publish.STUDY_PAGE.read_text() if publish.studies() else ""
+    for name, runs in publish.studies().items():
+        assert page == publish.with_study(page, name, runs), "stale: run `make results`"
+
+
+def test_a_table_goes_between_its_marks_and_needs_them():
+    page = "a\n<!-- x -->\nold\n<!-- /x -->\nb"
+    assert publish._between_marks(page, "x", "new\n") == page.replace("old", "new")
+    with pytest.raises(ValueError, match="<!-- y -->"):
+        publish._between_marks(page, "y", "new\n")
 
 
 def test_the_readmes_first_paragraphs_quote_the_run():

@@ -277,6 +277,42 @@ def test_the_last_epochs_may_be_calmer(tiny, monkeypatch, build):
     torch.testing.assert_close(pictures_by_index(calming, 3), plain, atol=1e-4, rtol=0)
 
 
+def test_distance_from_a_teacher_is_zero_at_its_own_answer_and_hintons_elsewhere():
+    logits, lesson = torch.randn(2, 5, 10).unbind(0)
+    distance = training._distance(logits.log_softmax(1), lesson.log_softmax(1), 4.0)
+    p, q = (lesson / 4).softmax(1), (logits / 4).softmax(1)
+    torch.testing.assert_close(distance, 16 * (p * (p / q).log()).sum(1).mean())
+    assert training._distance(lesson, lesson.log_softmax(1), 4.0).abs() < 1e-5
+
+
+def test_a_student_learns_what_its_teacher_says(tiny, tmp_path):
+    train(
+        get_recipe(SMALL, epochs=1, width=0.5), tmp_path / "teacher", dataset=tiny, progress=False
+    )
+    alone = get_recipe(SMALL, epochs=2, policy="none")
+    taught = get_recipe(alone, teacher=str(tmp_path / "teacher"), teaching=1.0)
+    pictures, stats = tiny.train_images, cifar10.channel_stats(tiny.train_images)
+    says = {}
+    for name, recipe in (("alone", alone), ("taught", taught)):
+        train(recipe, tmp_path / name, dataset=tiny, progress=False)
+        says[name] = log_probabilities(load_pretrained(tmp_path / name), pictures, stats)
+    lesson = log_probabilities(load_pretrained(tmp_path / "teacher"), pictures, stats)
+    distance = {name: training._distance(log_p, lesson, 1.0) for name, log_p in says.items()}
+    assert distance["taught"] < distance["alone"]
+
+
+def test_a_teacher_that_saw_more_is_refused(tiny, tmp_path):
+    train(
+        get_recipe(SMALL, epochs=1), tmp_path / "t", protocol="full", dataset=tiny, progress=False
+    )
+    taught = get_recipe(SMALL, teacher=str(tmp_path / "t"))
+    with pytest.raises(ValueError, match=r"under protocol 'full' .* has to be 'val'"):
+        train(taught, tmp_path / "r", dataset=tiny)
+    with pytest.raises(FileNotFoundError, match="no run at 'nobody'"):
+        train(get_recipe(SMALL, teacher="nobody"), tmp_path / "r", dataset=tiny)
+    assert not (tmp_path / "r").exists()
+
+
 def test_cosine_rises_to_lr_and_falls_to_zero():
     curve = lr_curve(get_recipe("quick", schedule="cosine", epochs=10, warmup=0.2, lr=0.4), 10)
     assert max(curve) == pytest.approx(0.4)
