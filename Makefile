@@ -88,6 +88,8 @@ predict: env ## classify a picture: make predict IMAGE=cat.jpg
 sweep: env ## train RECIPES with SEEDS, or a STUDY, several runs at once
 	$(foreach v,SEED PARAMS FORCE RUN,$(if $(findstring command,$(origin $(v))),$(error make sweep \
 		takes no $(v): name STUDY, or RECIPES, SEEDS and PROTOCOL; JOBS, FOLDER, DATASET, DEVICE)))
+	$(if $(STUDY),$(foreach v,RECIPE RECIPES SEEDS PROTOCOL,$(if $(findstring command,$(origin $(v))),$(error \
+		a study names its own recipes and seeds, under val: leave out $(v)))))
 	@$(PY) -m sweep $(if $(STUDY),--study "$(STUDY)",$(RECIPES) --seeds $(SEEDS) \
 		--protocol "$(PROTOCOL)") --dataset "$(DATASET)" --device "$(DEVICE)" \
 		$(if $(JOBS),--jobs "$(JOBS)") $(if $(FOLDER),--folder "$(FOLDER)")

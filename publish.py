@@ -72,7 +72,7 @@ def studies() -> dict[str, list[analysis.Run]]:
 
 
 def verify(runs: list[analysis.Run]) -> None:
-    """Evaluate the weights of each finished run on the real test set, and compare with its metrics.
+    """Evaluate the weights of each finished run on the real pictures, and compare with its metrics.
 
     Raises:
         RuntimeError: some differ by more than 0.01 % of accuracy; they are named.
@@ -80,23 +80,29 @@ def verify(runs: list[analysis.Run]) -> None:
     data = cifar10.load("cifar10")
     wrong = []
     for run in runs:
+        name = str(run.folder.relative_to(ROOT))
         if run.metrics is None:
-            print(f"{run.folder.relative_to(ROOT)}: unfinished, not verified")
+            print(f"{name}: unfinished, not verified")
             continue
-        model = load_pretrained(run.folder)
-        stats = cifar10.Stats(model.mean, model.std)
-        _, accuracy = evaluate(model, data.test_images, data.test_labels, stats)
-        claimed = run.metrics["test_acc"]
-        agrees = abs(accuracy - claimed) <= 0.01 + 1e-9
-        print(
-            f"{run.folder.relative_to(ROOT)}: {accuracy:.2f} % measured, "
-            f"{claimed:.2f} % in metrics.json"
-            + ("" if agrees else "  <- differs")
-        )
-        if not agrees:
-            wrong.append(run.name)
+        for metric, measured in _accuracies(run, data).items():
+            claimed = run.metrics[metric]
+            agrees = abs(measured - claimed) <= 0.01 + 1e-9
+            mark = "" if agrees else "  <- differs"
+            print(f"{name}: {metric} {measured:.2f} % measured, {claimed:.2f} % claimed{mark}")
+            if not agrees:
+                wrong.append(name)
     if wrong:
         raise RuntimeError(f"these weights don't reach what is claimed: {', '.join(wrong)}")
+
+
+def _accuracies(run: analysis.Run, data: cifar10.Data) -> dict[str, float]:
+    """What tables quote of a run, measured anew: by its name in metrics.json, in percent."""
+    pictures = {"test_acc": (data.test_images, data.test_labels)}
+    if run.config["protocol"] == "val":
+        held_back = cifar10.split(data.train_labels)[1]
+        pictures["val_acc"] = (data.train_images[held_back], data.train_labels[held_back])
+    model = load_pretrained(run.folder)
+    return {name: evaluate(model, *both, run.stats)[1] for name, both in pictures.items()}
 
 
 def results_page(runs: list[analysis.Run]) -> str:

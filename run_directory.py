@@ -18,7 +18,6 @@ from pathlib import Path
 
 __all__ = [
     "FILES",
-    "IDENTITY",
     "RunError",
     "claim",
     "refuse_another_run",
@@ -29,25 +28,23 @@ __all__ = [
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
 
-# What must be the same for a run to go on; the rest of config.json only describes.
-IDENTITY = ("recipe", "seed", "protocol", "dataset", "limit", "data_sha256")
-
 
 class RunError(RuntimeError):
     """A run that can't start or go on; the message says what to do, and nothing was lost."""
 
 
 @contextmanager
-def claim(run_dir: Path, config: dict, force: bool):
+def claim(run_dir: Path, config: dict, identity: dict, defaults: dict, force: bool):
     """The run directory, ready to train in, and nobody else's while we do.
 
-    A run that is finished, or another than `config` says, is refused, or with `force` removed.
+    A run that is finished, or another than `identity` says, is refused, or with `force` removed.
+    For `identity` and `defaults` see `refuse_another_run`; `config` becomes config.json.
     """
     _make_folder(run_dir)
     with _locked(run_dir):
         try:
             refuse_finished(run_dir)
-            refuse_another_run(run_dir, config)
+            refuse_another_run(run_dir, identity, defaults)
         except RunError:
             if not force:
                 raise
@@ -70,18 +67,24 @@ def refuse_finished(run_dir: Path) -> None:
         )
 
 
-def refuse_another_run(run_dir: Path, config: dict) -> None:
-    """Raise RunError if a run is in this directory that `config` doesn't identify."""
+def refuse_another_run(run_dir: Path, identity: dict, defaults: dict) -> None:
+    """Raise RunError if a run is in this directory that isn't the one meant.
+
+    Args:
+        identity: the fields of its config.json that must be the same; the others only describe.
+        defaults: what a field of the recipe was before there was such a field.
+    """
     there = run_dir / "config.json"
     if not there.is_file():
         return
     old = json.loads(there.read_text())
-    differences = _differences({k: old.get(k) for k in IDENTITY}, {k: config[k] for k in IDENTITY})
+    old["recipe"] = defaults | old["recipe"]
+    differences = _differences({k: old.get(k) for k in identity}, identity)
     if differences:
         raise RunError(
             f"{run_dir} holds a run that differs: {'; '.join(differences)}. "
             "Nothing was touched: give the same settings to go on, another name, "
-            "or FORCE=1 to replace it"
+            "or FORCE=1 to replace it (of a sweep, remove the folder)"
         )
 
 

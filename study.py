@@ -3,20 +3,20 @@
     about: What each part of the schedule is worth.
     base: baseline               # a recipe, see training.RECIPES
     always: {epochs: 12}         # changes of the base that all variations share
-    protocol: val                # val, unless said
     seeds: [0, 1, 2]             # [0], unless said
     variations:                  # name: changes
       one cycle: {schedule: one_cycle, lr: 0.2}
       no dilation: {dilated: false}
 
 To add a variation is to add a line. Each becomes an ordinary recipe, called by its name, and each
-of its seeds an ordinary run directory, in runs/<name of the file>/.
+of its seeds an ordinary run directory, in runs/<name of the file>/. The protocol is `val`: what is
+to be chosen is chosen on validation.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import yaml
@@ -26,7 +26,7 @@ from training import Recipe, check_settings, get_recipe
 __all__ = ["Study", "load_study"]
 
 ROOT = Path(__file__).resolve().parent
-KEYS = {"about", "base", "always", "protocol", "seeds", "variations"}
+KEYS = {"about", "base", "always", "seeds", "variations"}
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class Study:
         about: what it is to find out.
         recipes: the base, called `base`, and then its variations.
         seeds: each of them is trained with each.
-        protocol: a name in training.PROTOCOLS.
     """
 
     name: str
     about: str
     recipes: tuple[Recipe, ...]
     seeds: tuple[int, ...]
-    protocol: str
 
     @property
     def folder(self) -> str:
@@ -65,7 +63,7 @@ def load_study(file: str | Path) -> Study:
         beside = ", ".join(sorted(p.name for p in file.parent.glob("*.yaml"))) or "none"
         raise FileNotFoundError(f"no study at {file}; there: {beside}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{file.name} is not YAML: {' '.join(str(error).split())}") from error
     try:
@@ -81,18 +79,17 @@ def _study(name: str, content: object) -> Study:
         what = f"unknown key {min(unknown)!r}" if unknown else f"no {min(missing)!r}"
         raise ValueError(f"{what}; a study has {', '.join(sorted(KEYS))}")
     always = _mapping("always", content.get("always", {}))
-    base = replace(get_recipe(content["base"], **always), name="base")
+    base = _changed(get_recipe(content["base"]), "always", always, name="base")
     recipes = [base]
     for variation, changes in _mapping("variations", content["variations"]).items():
         recipes.append(_varied(base, variation, _mapping(variation, changes)))
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"seeds must be a list of different whole numbers; got {seeds!r}")
-    protocol = content.get("protocol", "val")
     for recipe in recipes:
         for seed in seeds:
-            check_settings(recipe, protocol, seed)
-    return Study(name, str(content["about"]), tuple(recipes), tuple(seeds), protocol)
+            check_settings(recipe, "val", seed)
+    return Study(name, str(content["about"]), tuple(recipes), tuple(seeds))
 
 
 def _varied(base: Recipe, name: object, changes: dict) -> Recipe:
@@ -101,13 +98,32 @@ def _varied(base: Recipe, name: object, changes: dict) -> Recipe:
             "a variation's name has letters, digits, spaces, dots and hyphens, and isn't 'base'; "
             f"got {name!r}"
         )
-    try:
-        recipe = get_recipe(base, **changes)
-    except ValueError as error:
-        raise ValueError(f"variation {name!r}: {error}") from error
-    if recipe == base:
+    recipe = _changed(base, f"variation {name!r}", changes, name=str(name).replace(" ", "_"))
+    if replace(recipe, name="base") == base:
         raise ValueError(f"variation {name!r} changes nothing of the base")
-    return replace(recipe, name=str(name).replace(" ", "_"))
+    return recipe
+
+
+def _changed(recipe: Recipe, where: str, changes: dict, name: str) -> Recipe:
+    """Unlike with `get_recipe`, a change to null, None, is one."""
+    unknown = changes.keys() - {f.name for f in fields(Recipe) if f.name != "name"}
+    if unknown:
+        raise ValueError(f"{where}: a recipe has no field {min(unknown)!r} to change")
+    try:
+        return replace(recipe, **changes, name=name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that comes twice, of which YAML silently keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name!r} comes twice")
+        return super().construct_mapping(node, deep)
 
 
 def _mapping(what: str, value: object) -> dict:

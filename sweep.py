@@ -26,6 +26,7 @@ from cifar10 import Data, load, title
 from run_directory import RunError, refuse_another_run
 from study import Study, load_study
 from training import (
+    DEFAULTS,
     RECIPES,
     ROOT,
     Recipe,
@@ -65,7 +66,7 @@ def train_many(
         folder: where the run directories go, called `<recipe>-<protocol>-seed<seed>`.
         jobs: how many at once; None is one a core on a CPU, up to 8 on a GPU. The cores are
             shared out among them, and each thread count rounds in its own way: for the same bits
-            give the same number of jobs.
+            give the same number of jobs. It doesn't matter how many runs are finished already.
         progress: print a line for each run that ends.
 
     Returns:
@@ -79,9 +80,9 @@ def train_many(
     data = dataset if isinstance(dataset, Data) else load(dataset)
     tasks = _tasks([get_recipe(r) for r in recipes], list(seeds), protocol, ROOT / folder)
     for recipe, seed, run_dir in tasks:
-        refuse_another_run(run_dir, identity(recipe, seed, protocol, data))
+        refuse_another_run(run_dir, identity(recipe, seed, protocol, data), DEFAULTS)
     waiting = [task for task in tasks if not _finished(task[2])]
-    jobs, threads = _share_out(len(waiting), pick_device(device), jobs)
+    jobs, threads = _share_out(len(tasks), pick_device(device), jobs)
     for *_, run_dir in tasks:
         if progress and _finished(run_dir):
             print(f"{run_dir.name}  kept: {_outcome(run_dir)}", flush=True)
@@ -141,8 +142,11 @@ def _train(recipe: Recipe, seed: int, run_dir: Path, **settings) -> None:
 
 
 def _outcome(run_dir: Path) -> str:
+    """Not the test accuracy where there is another to choose by."""
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    return f"test {metrics['test_acc']:.2f} % on {title(metrics['dataset'], metrics['limit'])}"
+    where = "validation" if metrics["protocol"] == "val" else "test"
+    accuracy = metrics["val_acc" if where == "validation" else "test_acc"]
+    return f"{where} {accuracy:.2f} % on {title(metrics['dataset'], metrics['limit'])}"
 
 
 def _report(run_dir: Path, error: BaseException | None, failed: dict, progress: bool) -> None:
@@ -168,15 +172,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = vars(parser.parse_args(argv))
     try:
         study = _apply_study(args)
-        train_many(**{k: v for k, v in args.items() if v is not None})
+        try:
+            train_many(**{k: v for k, v in args.items() if v is not None})
+        finally:  # if some runs failed, of the others
+            if study:
+                _print_table(study, ROOT / args["folder"])
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from the last finished epochs")
-    if study:
-        from analysis import find_runs, study_table  # matplotlib, which the runs do without
 
-        print(f"\n{study.about}\n\n{study_table(find_runs(ROOT / args['folder']))}")
+
+def _print_table(study: Study, folder: Path) -> None:
+    from analysis import find_runs, study_table  # matplotlib, which the runs do without
+
+    names = {recipe.name for recipe in study.recipes}
+    runs = find_runs(folder) if folder.is_dir() else []
+    runs = [run for run in runs if run.metrics and run.config["recipe"]["name"] in names]
+    if any(run.config["recipe"]["name"] == "base" for run in runs):
+        print(f"\n{study.about}\n\n{study_table(runs)}")
 
 
 def _apply_study(args: dict) -> Study | None:
@@ -185,9 +199,9 @@ def _apply_study(args: dict) -> Study | None:
     if file is None:
         return None
     if args["recipes"] or args["seeds"] or args["protocol"]:
-        raise ValueError("a study names its own recipes, seeds and protocol: leave these out")
+        raise ValueError("a study names its own recipes and seeds, under val: leave these out")
     study = load_study(file)
-    args |= {"recipes": study.recipes, "seeds": study.seeds, "protocol": study.protocol}
+    args |= {"recipes": study.recipes, "seeds": study.seeds, "protocol": "val"}
     args["folder"] = args["folder"] or study.folder
     return study
 

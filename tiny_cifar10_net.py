@@ -386,10 +386,11 @@ def run_path(run: str | Path) -> Path:
     for place in places:
         if (place / "config.json").is_file():
             return place
-    names = sorted(p.parent.name for p in RESULTS.glob("*/config.json"))
+    there = sorted(p.parent.name for p in RESULTS.glob("*/config.json"))
+    names = [name for name, folder in PRETRAINED.items() if folder in there] + there
     raise FileNotFoundError(
         f"no run at {str(run)!r}: expected the path of a run directory (it holds config.json "
-        f"and best.pt) or a published one: {', '.join([*PRETRAINED, *names])}"
+        f"and best.pt) or a published one: {', '.join(names) or '(there is none yet)'}"
     )
 
 

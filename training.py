@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections import Counter
@@ -47,6 +48,7 @@ from run_directory import RunError, claim, write, write_json
 from tiny_cifar10_net import NetCIFAR10_Tiny, layer_costs, load_pretrained, run_path
 
 __all__ = [
+    "DEFAULTS",
     "HISTORY_COLUMNS",
     "PROTOCOLS",
     "RECIPES",
@@ -145,10 +147,17 @@ class Recipe:
         augment.get_policy(self.policy)
         if not isinstance(self.teacher, str | None):
             raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
-        if self.alternate_flip and self.build != "batched":
+        if self.alternate_flip and (self.build != "batched" or not self._flips):
             raise ValueError(
-                f"alternate_flip is there for build 'batched' only; got build {self.build!r}"
+                "alternate_flip takes build 'batched' and a policy that flips; got build "
+                f"{self.build!r} and policy {self.policy!r}"
             )
+        if not isinstance(self.name, str) or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"a recipe's name becomes a folder's: no slashes; got {self.name!r}")
+
+    @property
+    def _flips(self) -> bool:
+        return augment.get_policy(self.policy).flip > 0
 
     def policy_in(self, epoch: int) -> str:
         """Name of the policy of this epoch, counted from 1: the end may be calmer.
@@ -156,7 +165,7 @@ class Recipe:
         The last epochs without strong augmentation: Ge et al. (2021, arXiv:2107.08430), and, for
         mixing, Touvron et al. (2022, arXiv:2204.07118).
         """
-        return "light" if epoch > (1 - self.calm) * self.epochs else self.policy
+        return "light" if epoch > self.epochs - round(self.calm * self.epochs) else self.policy
 
     def side(self, epoch: int) -> int:
         """Side of the pictures in this epoch, counted from 1: from start_side in steps of 8 to 32.
@@ -234,6 +243,10 @@ RECIPES = {
 }
 
 
+# What a recipe says where it isn't told, and what one meant before a field was there.
+DEFAULTS = asdict(Recipe(""))
+
+
 def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
     """A preset by name (or a Recipe as it is), with `changes` that aren't None applied.
 
@@ -253,7 +266,7 @@ def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
     changed = {k: v for k, v in changes.items() if v != getattr(recipe, k)}
     if changed and "name" not in changes:
         settings = ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
-        changed["name"] = f"{recipe.name}-{settings}"
+        changed["name"] = re.sub(r"[/\\]", "_", f"{recipe.name}-{settings}")  # names a folder
     return replace(recipe, **changed)
 
 
@@ -317,7 +330,8 @@ def train(
         )
     teacher = _teacher(recipe, protocol, data)
     config = _config(recipe, seed, protocol, data, problem, device)
-    with claim(run_dir, config, force), _repeatable():
+    who = identity(recipe, seed, protocol, data)
+    with claim(run_dir, config, who, DEFAULTS, force), _repeatable():
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
         try:
             run.fit()
@@ -404,7 +418,7 @@ class _Run:
         torch.manual_seed(_key(seed))
         model = NetCIFAR10_Tiny(len(problem.data.classes), **recipe.model_options)
         if recipe.whiten:
-            some = problem.train_index[:: max(1, len(problem.train_index) // 2000)]
+            some = problem.train_index[:: max(1, len(problem.train_index) // 500)]
             _whiten(model.c1[0][0], problem.train[0][some], problem.stats)
         self.model = model.to(device, memory_format=torch.channels_last)
         sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
@@ -587,7 +601,7 @@ class _Run:
             "device": config["device"],
             "torch": torch.__version__,
             "git_commit": config["git_commit"],
-            "weights_sha256": hashlib.sha256((self.run_dir / "best.pt").read_bytes()).hexdigest(),
+            "weights_sha256": _sha256(self.run_dir),
         }
         write_json(self.run_dir / "metrics.json", metrics)
         return metrics
@@ -630,13 +644,15 @@ def _decay(recipe: Recipe, parameter: Tensor) -> float:
 def _whiten(conv: nn.Conv2d, images: Tensor, stats: cifar10.Stats) -> None:
     """Set a first convolution's filters to the principal patches of `images`, and their negatives.
 
-    Each is divided by its standard deviation, so that its responses on these pictures have the
-    variance 1 and are uncorrelated; as many filters as there are, the strongest first. After
+    Each is divided by its standard deviation, so that inside the pictures its responses have
+    nearly the variance 1 and are uncorrelated. The strongest come first, for as many filters as
+    there are; more than all patches and their negatives stay as they were. After
     tysam-code/hlb-CIFAR10 (2022) and Keller Jordan's airbench (arXiv:2404.00498), whose first
-    layer stays so, while this one goes on learning.
+    layer stays so. This one goes on learning, and as BatchNorm follows it, the length of a filter
+    only decides how fast.
 
     Args:
-        images: uint8 (N, H, W, 3); some thousands are plenty.
+        images: uint8 (N, H, W, 3); some hundreds are plenty.
     """
     pixels = augment.Batched("none", stats.mean, stats.std)(images)
     patches = F.unfold(pixels, conv.kernel_size).transpose(1, 2).flatten(0, 1).double()
@@ -645,7 +661,7 @@ def _whiten(conv: nn.Conv2d, images: Tensor, stats: cifar10.Stats) -> None:
     scaled = (directions / (variances + 1e-3).sqrt()).T.flip(0)  # strongest first, one a row
     filters = torch.cat((scaled[:half], -scaled[:half]))[: conv.out_channels]
     with torch.no_grad():
-        conv.weight.copy_(filters.view_as(conv.weight))
+        conv.weight[: len(filters)] = filters.view(-1, *conv.weight.shape[1:]).float()
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
@@ -686,18 +702,27 @@ def _distance(log_p: Tensor, lesson: Tensor, temperature: float) -> Tensor:
 
 
 def _teacher(recipe: Recipe, protocol: str, data: cifar10.Data) -> nn.Module | None:
-    """The network to learn from, in eval mode; refused where it knows more than it may pass on."""
+    """The network to learn from, in eval mode; refused where it may know what ours mustn't."""
     if recipe.teacher is None:
         return None
-    teacher = load_pretrained(recipe.teacher)
-    saw = json.loads((run_path(recipe.teacher) / "config.json").read_text())
+    folder = _teachers_run(recipe)
+    saw = json.loads((folder / "config.json").read_text())
     if (saw["protocol"], saw["data_sha256"]) != (protocol, data.checksum):
         raise ValueError(
             f"teacher {recipe.teacher!r} was trained under protocol {saw['protocol']!r} on "
-            f"{cifar10.title(saw['dataset'], saw['limit'])}: it has to be {protocol!r} on "
-            f"{data.title}, as here, lest it pass on what this run mustn't see"
+            f"{cifar10.title(saw['dataset'], saw['limit'])}: it must be {protocol!r} on "
+            f"{data.title}, as here, so that it passes on nothing that is held back"
         )
-    return teacher
+    return load_pretrained(folder)
+
+
+def _teachers_run(recipe: Recipe) -> Path:
+    """Its run directory, which has to be a finished one: its weights don't change any more."""
+    here = ROOT / recipe.teacher  # as all relative paths of training
+    folder = here if (here / "config.json").is_file() else run_path(recipe.teacher)
+    if not (folder / "metrics.json").is_file():
+        raise RunError(f"teacher {recipe.teacher!r} isn't finished: finish its run first")
+    return folder
 
 
 # ----------------------------------------------------------------------------- feeding the network
@@ -739,8 +764,8 @@ class _BatchedFeed(_Feed):
     def __init__(self, *args):
         super().__init__(*args)
         self.images, self.labels = (t.to(self.device) for t in self.problem.train)
-        # Which pictures are mirrored in the first epoch, where flips alternate.
-        generator = torch.Generator().manual_seed(_key(self.seed, 0))
+        # Which pictures are mirrored in even epochs, where flips alternate.
+        generator = torch.Generator().manual_seed(_key(self.seed, 0, 0, 1))
         self.mirrored = torch.rand(len(self.labels), generator=generator) < 0.5
 
     def transform(self, policy: str, mean, std):
@@ -816,7 +841,10 @@ def _resized(images: Tensor, side: int) -> Tensor:
 
 
 def _key(*parts: int) -> int:
-    """One 32-bit seed from (seed, epoch, ...): neighbours are as unlike as any two."""
+    """One 32-bit seed from (seed, epoch, ...): neighbours are as unlike as any two.
+
+    Zeros at the end don't count, so an epoch shares its seed with its first batch.
+    """
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
@@ -883,7 +911,13 @@ def identity(recipe: Recipe, seed: int, protocol: str, data: cifar10.Data) -> di
         "dataset": data.name,
         "limit": data.limit,
         "data_sha256": data.checksum,
+        "teacher_sha256": None if recipe.teacher is None else _sha256(_teachers_run(recipe)),
     }
+
+
+def _sha256(run_dir: Path) -> str:
+    """Checksum of a run's weights."""
+    return hashlib.sha256((run_dir / "best.pt").read_bytes()).hexdigest()
 
 
 def _config(recipe, seed, protocol, data, problem, device) -> dict:

@@ -35,9 +35,9 @@ from analysis.runs import (
     as_list,
     comparable,
     counted,
+    gains,
     grouped,
     load_model,
-    mean_difference,
     published_networks,
     selects_on,
     settled,
@@ -380,21 +380,20 @@ def plot_study(runs: Iterable[Run]) -> Figure:
     Raises:
         ValueError: no finished base among the runs.
     """
-    base, *others = study_groups(runs)
-    accuracy, where = settled(base)
-    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.36 * max(1, len(others))))
-    for row, group in enumerate(others):
-        difference, error = mean_difference(accuracy, settled(group)[0])
-        colour = GREEN if difference > 0 else RED
-        axes.errorbar(difference, row, xerr=error, fmt="o", color=colour, capsize=3)
+    base, *others = groups = study_groups(runs)
+    figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * max(1, len(others))))
+    for row, (gain, error) in enumerate(gains(groups)):
+        clear = error is not None and abs(gain) > 2 * error
+        colour = GREY if not clear else GREEN if gain > 0 else RED
+        axes.errorbar(gain, row, xerr=error, fmt="o", color=colour, capsize=3)
     axes.axvline(0, color=GREY, linestyle="--")
     axes.set_yticks(range(len(others)), [f"{variation_name(g)}, n = {len(g)}" for g in others])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(y=0.08)
     axes.set_xlabel(
-        f"{where} accuracy less the base's ({statistics.fmean(accuracy):.2f} %, "
-        f"n = {len(base)}), points"
+        f"validation accuracy less the base's ({mean_std(settled(base))} %, n = {len(base)}), "
+        "points\nbars: one standard error; grey: within two"
     )
     figure.suptitle(_wrapped(f"Variations of the base · {base[0].data_title}", figure))
     return figure

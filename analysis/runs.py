@@ -7,19 +7,16 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import cifar10
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
-from training import HISTORY_COLUMNS, PROTOCOLS, Recipe, log_probabilities
+from training import DEFAULTS, HISTORY_COLUMNS, PROTOCOLS, log_probabilities
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.csv"
-
-
-_DEFAULTS = asdict(Recipe(""))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +209,7 @@ def grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
     for run in runs:
         if run.metrics is None:
             continue
-        recipe = _DEFAULTS | run.config["recipe"]  # a field that came later had its default
+        recipe = DEFAULTS | run.config["recipe"]  # a field that came later had its default
         key = (json.dumps(recipe, sort_keys=True), run.data_title, run.protocol)
         seeds = groups.setdefault(key, {})
         if run.config["seed"] in seeds:
@@ -222,8 +219,14 @@ def grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
 
 
 def study_groups(runs: Iterable[Run]) -> list[list[Run]]:
-    """The runs of each variation, the base first, then best first."""
+    """The runs of each variation, the base first, then best first.
+
+    Raises:
+        ValueError: not one base with a finished run, or runs under another protocol than `val`.
+    """
     groups, _ = grouped(runs)
+    if any(group[0].config["protocol"] != "val" for group in groups):
+        raise ValueError("a study compares on validation: pass runs under the protocol val only")
     base = [group for group in groups if variation_name(group) == "base"]
     if len(base) != 1:
         raise ValueError(
@@ -231,26 +234,39 @@ def study_groups(runs: Iterable[Run]) -> list[list[Run]]:
             "first, with make sweep STUDY=..., and pass the runs of one study"
         )
     others = [group for group in groups if group is not base[0]]
-    return [*base, *sorted(others, key=lambda g: -statistics.fmean(settled(g)[0]))]
+    return [*base, *sorted(others, key=lambda g: -statistics.fmean(settled(g)))]
 
 
 def variation_name(group: list[Run]) -> str:
     return group[0].config["recipe"]["name"].replace("_", " ")
 
 
-def settled(group: list[Run]) -> tuple[list[float], str]:
-    """The accuracies by which a study decides, and on what they are."""
-    if selects_on(group[0]) == "validation":
-        return [run.metrics["val_acc"] for run in group], "validation"
-    return [run.metrics["test_acc"] for run in group], "test"
+def settled(group: list[Run]) -> list[float]:
+    """The accuracies by which a study decides: on validation, never on test."""
+    return [run.metrics["val_acc"] for run in group]
 
 
-def mean_difference(base: Sequence[float], values: Sequence[float]) -> tuple[float, float | None]:
-    """Of the means, and its standard error; None where a single run can't tell."""
-    difference = statistics.fmean(values) - statistics.fmean(base)
-    if min(len(base), len(values)) < 2:
-        return difference, None
-    return difference, math.sqrt(sum(statistics.variance(v) / len(v) for v in (base, values)))
+def gains(groups: list[list[Run]]) -> list[tuple[float, float | None]]:
+    """What each group but the first gains over the first, and the gain's standard error.
+
+    The spread over seeds is taken to be the same for all and estimated from all groups together,
+    s² = sum of (n_i - 1) s_i² / sum of (n_i - 1): two or three seeds each say too little. The
+    standard error is s root(1/n + 1/n_base); None where no group has two seeds.
+    """
+    values = [settled(group) for group in groups]
+    repeated = [v for v in values if len(v) > 1]
+    spread = None
+    if repeated:
+        squares = sum((len(v) - 1) * statistics.variance(v) for v in repeated)
+        spread = math.sqrt(squares / sum(len(v) - 1 for v in repeated))
+    base = values[0]
+    return [
+        (
+            statistics.fmean(v) - statistics.fmean(base),
+            None if spread is None else spread * math.sqrt(1 / len(v) + 1 / len(base)),
+        )
+        for v in values[1:]
+    ]
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from analysis.runs import (
     Run,
     as_list,
     counted,
+    gains,
     grouped,
     load_model,
-    mean_difference,
     require_its_data,
     selects_on,
     settled,
@@ -37,7 +37,7 @@ from tiny_cifar10_net import (
     layer_costs,
     receptive_field,
 )
-from training import RECIPES, Recipe, evaluate, train_index
+from training import DEFAULTS, RECIPES, Recipe, evaluate, train_index
 
 
 def show(markdown: str) -> None:
@@ -144,26 +144,28 @@ def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
 def study_table(runs: Iterable[Run]) -> str:
     """Variations of a recipe against the recipe itself, the run or runs called `base`.
 
-    Accuracies are those that a choice may rest on: validation, under the protocol `val`; only
-    where nothing was held back, test. Their difference from the base comes with its standard
-    error, root(s1²/n1 + s2²/n2), which takes two seeds of each.
+    Accuracies are those on validation, which a choice may rest on; for the standard error of a
+    gain see `analysis.runs.gains`.
 
     Raises:
-        ValueError: no finished base among the runs.
+        ValueError: no finished base among the runs, or runs under another protocol than `val`.
     """
-    base, *others = study_groups(runs)
-    accuracy, where = settled(base)
-    rows = [("base", "", f"n = {len(base)}", mean_std(accuracy), "–")]
-    for group in others:
+    runs = as_list(runs)
+    base, *others = groups = study_groups(runs)
+    rows = [("base", "", f"n = {len(base)}", mean_std(settled(base)), "–")]
+    for group, (gain, error) in zip(others, gains(groups), strict=True):
+        shown = f"{gain:+.2f}" + ("" if error is None else f" ± {error:.2f}")
         changes = _changes(base[0], group[0])
-        values = settled(group)[0]
-        difference, error = mean_difference(accuracy, values)
-        shown = f"{difference:+.2f}" + ("" if error is None else f" ± {error:.2f}")
-        rows.append((variation_name(group), changes, f"n = {len(group)}", mean_std(values), shown))
-    header = ("variation", "what changes", "seeds", f"{where}, %", "against base")
-    epochs, data = base[0].config["recipe"]["epochs"], base[0].data_title
-    waiting = sum(run.metrics is None for run in as_list(runs))
-    note = f"{data}, protocol {base[0].protocol}, {counted(epochs, 'epoch')} unless said otherwise."
+        rows.append(
+            (variation_name(group), changes, f"n = {len(group)}", mean_std(settled(group)), shown)
+        )
+    header = ("variation", "what changes", "seeds", "validation, %", "gain over base")
+    epochs = counted(base[0].config["recipe"]["epochs"], "epoch")
+    note = (
+        f"{base[0].data_title}, {epochs} unless said otherwise. Accuracy: mean ± standard "
+        "deviation over seeds; gain: ± its standard error, over seeds only."
+    )
+    waiting = sum(run.metrics is None for run in runs)
     if waiting:
         note += f" Not finished, and left out: {counted(waiting, 'run')}."
     return f"{_table(header, rows, text_columns=2)}\n{note}\n"
@@ -171,8 +173,8 @@ def study_table(runs: Iterable[Run]) -> str:
 
 def _changes(base: Run, run: Run) -> str:
     """The fields of a recipe that differ from the base's."""
-    was, now = base.config["recipe"], run.config["recipe"]
-    changed = [k for k in now if k != "name" and now[k] != was.get(k)]
+    was, now = (DEFAULTS | r.config["recipe"] for r in (base, run))
+    changed = [k for k in now if k != "name" and now[k] != was[k]]
     return ", ".join(f"`{k}={now[k]}`" for k in changed)
 
 
@@ -180,8 +182,9 @@ def choice_table(runs: Iterable[Run]) -> str:
     """What choosing the epoch is worth: the chosen epoch beside the last and the luckiest.
 
     A row for each (recipe, data, protocol) that chooses; means and standard deviations over its
-    seeds. Accuracies are those on the pictures that chose, and under `test-selected` these are
-    the test pictures: what is gained there over the last epoch is flattery.
+    seeds. Accuracies are those on the pictures that chose (by their loss): under `test-selected`,
+    the test pictures, and then "chosen − last" goes into the result. What stopping and a schedule
+    that watch the same pictures add to that doesn't show here.
     """
     groups, _ = grouped(as_list(runs))
     rows = [_choice_row(group) for group in groups if selects_on(group[0])]
@@ -217,6 +220,8 @@ def drops_table(run: Run) -> str:
     """
     if run.config["recipe"]["schedule"] != "plateau":
         return "This run's learning rate doesn't drop in steps.\n"
+    if not run.epochs:
+        return f"The run {run.name} hasn't finished an epoch.\n"
     lr, accuracy = run.history["lr"], run.history["val_acc"]
     starts = [0, *(np.flatnonzero(np.diff(lr)) + 1)]
     rows = []
@@ -257,13 +262,18 @@ def fit_table(run: Run, data: cifar10.Data) -> str:
         load_model(run), data.train_images[index], data.train_labels[index], run.stats
     )
     m, fed = run.metrics, run.metrics["best_epoch"] - 1
-    fed_loss, fed_accuracy = run.history["train_loss"][fed], run.history["train_acc"][fed]
+    recipe = DEFAULTS | run.config["recipe"]
+    plain = recipe["label_smoothing"] == 0 and recipe["teacher"] is None
+    fed_loss = run.history["train_loss"][fed] if plain else None  # another loss can't be compared
     rows = (
-        ("training, as fed: augmented", run.config["split"]["train"], fed_accuracy, fed_loss),
+        ("training, as fed: augmented", run.config["split"]["train"], m["train_acc"], fed_loss),
         ("training, whole", len(index), accuracy, loss),
         ("test", run.config["split"]["test"], m["test_acc"], m["test_loss"]),
     )
-    rows = [(name, f"{n:,}", _percent(right), f"{loss:.4f}") for name, n, right, loss in rows]
+    rows = [
+        (name, f"{n:,}", _percent(right), "–" if loss is None else f"{loss:.4f}")
+        for name, n, right, loss in rows
+    ]
     return _table(("pictures", "how many", "accuracy", "loss"), rows)
 
 

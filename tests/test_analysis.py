@@ -1,6 +1,6 @@
 """Analysis: what it computes against hand-made and independent figures; what it says and refuses.
 
-Run directories are written here by hand, as design.md and training.py lay them out.
+Run directories are written here by hand, as run_directory.py and training.py lay them out.
 """
 
 import csv
@@ -358,22 +358,22 @@ def test_a_study_is_compared_with_its_base(a_study):
     table = analysis.study_table(a_study)
     header, base, higher, worse = rows_of(table)
     assert header[3] == "validation, %" and base[:3] == ["base", "", "n = 2"]
-    error = math.sqrt(statistics.variance([40, 42]) / 2 + statistics.variance([45, 49]) / 2)
+    spread = math.sqrt((statistics.variance([40, 42]) + statistics.variance([45, 49])) / 2)
     assert higher == [
-        "higher rate", "`lr=0.2`", "n = 2", f"47.00 ± {8**0.5:.2f}", f"+6.00 ± {error:.2f}",
+        "higher rate", "`lr=0.2`", "n = 2", f"47.00 ± {8**0.5:.2f}", f"+6.00 ± {spread:.2f}",
     ]  # fmt: skip
-    assert worse == ["worse", "`lr=0.05`", "n = 1", "35.00", "-6.00"]
-    assert "CIFAR-10, protocol val, 4 epochs" in table and "left out: 1 run" in table
+    error = spread * math.sqrt(1 + 1 / 2)
+    assert worse == ["worse", "`lr=0.05`", "n = 1", "35.00", f"-6.00 ± {error:.2f}"]
+    assert "CIFAR-10, 4 epochs" in table and "left out: 1 run" in table
+    single = rows_of(analysis.study_table([a_study[0], a_study[2]]))
+    assert single[2][-1] == "-5.00"  # nothing tells how far seeds differ
     with pytest.raises(ValueError, match="has one base"):
         analysis.study_table(a_study[2:])
 
 
-def test_where_nothing_is_held_back_a_study_says_test(write_run):
-    runs = [
-        write_run(n, recipe=n, protocol="full", test_acc=a) for n, a in (("base", 80), ("x", 81))
-    ]
-    header, _, row = rows_of(analysis.study_table(runs))
-    assert header[3] == "test, %" and row[-1] == "+1.00"
+def test_a_study_never_compares_on_test(write_run):
+    with pytest.raises(ValueError, match="on validation"):
+        analysis.study_table([write_run(recipe="base", protocol="full")])
 
 
 def test_the_study_figure_shows_each_variation(a_study):
@@ -422,6 +422,10 @@ def test_what_each_drop_of_the_learning_rate_buys(write_run):
     ]
 
 
+def test_no_epoch_no_drops(write_run):
+    assert "an epoch" in analysis.drops_table(write_run(epochs=0, finished=False))
+
+
 def test_a_schedule_without_drops_has_no_table_of_them(write_run):
     run = write_run()
     run.config["recipe"]["schedule"] = "one_cycle"
@@ -431,7 +435,7 @@ def test_a_schedule_without_drops_has_no_table_of_them(write_run):
 def test_the_fit_table_evaluates_what_was_trained_on(write_run, tiny):
     run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum, epochs=3)
     fed, whole, test = rows_of(analysis.fit_table(run, tiny))[1:]
-    assert fed == ["training, as fed: augmented", "45,000", "33.00 %", f"{1.9 / 3:.4f}"]
+    assert fed == ["training, as fed: augmented", "45,000", "44.00 %", f"{1.9 / 3:.4f}"]
     index = cifar10.split(tiny.train_labels)[0][:40]  # as many as there are test pictures
     pixels = torch.from_numpy(tiny.train_images[index]).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
@@ -443,6 +447,8 @@ def test_the_fit_table_evaluates_what_was_trained_on(write_run, tiny):
     assert test[2:] == ["70.00 %", "0.9000"]
     with pytest.raises(ValueError, match="load_data"):
         analysis.fit_table(write_run("b"), tiny)
+    run.config["recipe"]["label_smoothing"] = 0.1
+    assert rows_of(analysis.fit_table(run, tiny))[1][3] == "–"
     assert "isn't finished" in analysis.fit_table(replace(run, metrics=None), tiny)
 
 

@@ -19,7 +19,16 @@ import training
 from run_directory import RunError
 from training import get_recipe, train
 
-SIX_EPOCHS = get_recipe(SMALL, epochs=6, ema=0.9, policy="reference", name="six")
+SIX_EPOCHS = get_recipe(
+    SMALL,
+    name="six",
+    epochs=6,
+    ema=0.9,
+    policy="reference",
+    calm=0.5,
+    alternate_flip=True,
+    whiten=True,
+)
 
 IN_A_PROCESS = """
 import sys, cifar10

@@ -1,5 +1,7 @@
 """Studies: files that say what to train, and the tables and figures of what came of them."""
 
+import subprocess
+
 import pytest
 import yaml
 
@@ -34,7 +36,14 @@ def test_a_study_is_recipes_and_seeds(write):
         get_recipe(base, name="lr_0.1", lr=0.1),
         get_recipe(base, name="no_dilation", dilated=False),
     )
-    assert (study.name, study.seeds, study.protocol) == ("small", (0, 1), "val")
+    assert (study.name, study.seeds) == ("small", (0, 1))
+
+
+def test_null_is_a_change_as_well(write):
+    always = {"stop_patience": None, "ema": 0.9}
+    study = load_study(write(base="baseline", always=always, variations={"x": {"ema": None}}))
+    assert [r.stop_patience for r in study.recipes] == [None, None]
+    assert [r.ema for r in study.recipes] == [0.9, None]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
@@ -48,14 +57,15 @@ def test_the_studies_here_can_be_run(file):
         ({"base": None}, "no 'base'; a study has about, always, base"),
         ({"sedes": [1]}, "unknown key 'sedes'"),
         ({"base": "slow"}, f"unknown recipe 'slow'; valid: {', '.join(RECIPES)}"),
-        ({"variations": {"x": {"lrate": 1}}}, "variation 'x': unknown recipe field 'lrate'"),
+        ({"variations": {"x": {"lrate": 1}}}, "variation 'x': a recipe has no field 'lrate'"),
+        ({"variations": {"x": {"name": "y"}}}, "variation 'x': a recipe has no field 'name' to"),
         ({"variations": {"x": {"lr": -1}}}, "variation 'x': lr must be"),
         ({"variations": {"x": {"epochs": 1}}}, "'x' changes nothing"),
         ({"variations": {"../x": {"lr": 1}}}, "a variation's name has letters"),
         ({"variations": ["lr"]}, "variations must be a mapping"),
         ({"seeds": [0, 0]}, "list of different whole numbers"),
         ({"seeds": ["a"]}, "seed must be a whole number"),
-        ({"protocol": "train"}, "unknown protocol 'train'"),
+        ({"protocol": "full"}, "unknown key 'protocol'"),
     ],
 )
 def test_a_wrong_study_is_refused_by_name(write, changes, says):
@@ -71,6 +81,9 @@ def test_what_is_no_study_is_refused(write):
     file.write_text("{")
     with pytest.raises(ValueError, match=r"small\.yaml is not YAML"):
         load_study(file)
+    file.write_text("variations:\n  x: {lr: 0.1}\n  x: {lr: 0.2}\n")
+    with pytest.raises(ValueError, match=r"small\.yaml .*'x' comes twice"):
+        load_study(file)
 
 
 def test_a_study_is_swept_into_a_table_and_kept(write, tmp_path, monkeypatch, capsys, tiny):
@@ -84,6 +97,26 @@ def test_a_study_is_swept_into_a_table_and_kept(write, tmp_path, monkeypatch, ca
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"base-val-seed0", "lr_0.1-val-seed0"}
     sweep.main(command)
     assert capsys.readouterr().out.count("kept") == 2
+
+
+def test_a_failed_variation_leaves_the_table_of_the_others(
+    write, tmp_path, monkeypatch, capsys, tiny
+):
+    study = write(
+        seeds=[0],
+        variations={"lr 0.1": {"lr": 0.1}, "too high": {"lr": 99, "schedule": "constant"}},
+    )
+    train_many = sweep.train_many
+    monkeypatch.setattr(sweep, "train_many", lambda **a: train_many(**a | {"dataset": tiny}))
+    with pytest.raises(SystemExit, match="1 of 3 runs failed"):
+        sweep.main(["--study", str(study), "--folder", str(tmp_path / "out")])
+    assert "| lr 0.1 | `lr=0.1` | n = 1 |" in capsys.readouterr().out
+
+
+def test_make_refuses_settings_that_a_study_has_itself():
+    command = ["make", "-n", "sweep", "STUDY=studies/architecture.yaml", "SEEDS=1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode and "leave out SEEDS" in result.stderr
 
 
 def test_a_study_and_recipes_exclude_each_other(write):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import augment
 import cifar10
+import run_directory
 import training
 from engine import CompiledNetwork
 from run_directory import RunError
@@ -237,11 +238,25 @@ def test_whitened_filters_answer_with_variance_one_and_uncorrelated(tiny):
     torch.testing.assert_close(conv.weight[8:], -conv.weight[:8])
 
 
+def test_more_filters_than_patches_keep_their_start(tiny):
+    conv = torch.nn.Conv2d(3, 64, 3, bias=False)
+    before = conv.weight.detach().clone()
+    training._whiten(
+        conv, torch.from_numpy(tiny.train_images), cifar10.Stats((0.5,) * 3, (0.2,) * 3)
+    )
+    changed = (conv.weight != before).flatten(1).any(1)
+    assert changed.tolist() == 54 * [True] + 10 * [False]
+
+
 def test_a_whitened_run_starts_from_the_training_pictures(tiny, tmp_path):
     frozen = get_recipe(SMALL, epochs=1, lr=1e-8, weight_decay=0.0, whiten=True)
     train(frozen, tmp_path / "r", dataset=tiny, progress=False)
     first = torch.load(tmp_path / "r" / "best.pt", weights_only=True)["c1.0.0.weight"]
-    torch.testing.assert_close(first[8:], -first[:8], atol=1e-5, rtol=0)
+    expected = torch.nn.Conv2d(3, 16, 3, bias=False)
+    index = training.train_index(tiny, "val")
+    pictures = torch.from_numpy(tiny.train_images[index])
+    training._whiten(expected, pictures, cifar10.channel_stats(tiny.train_images, index))
+    torch.testing.assert_close(first, expected.weight.detach(), atol=1e-5, rtol=0)
 
 
 def feed(recipe, data, workers=0):
@@ -264,6 +279,8 @@ def test_alternate_flips_show_each_picture_both_ways_in_two_epochs(tiny, monkeyp
     assert 0.35 < mirrored < 0.65
     with pytest.raises(ValueError, match=r"alternate_flip .*'batched'.*'torchvision'"):
         get_recipe(SMALL, alternate_flip=True, build="torchvision")
+    with pytest.raises(ValueError, match="a policy that flips"):
+        get_recipe(SMALL, alternate_flip=True, policy="none")
 
 
 @pytest.mark.parametrize("build", augment.BUILDS)
@@ -271,6 +288,7 @@ def test_the_last_epochs_may_be_calmer(tiny, monkeypatch, build):
     monkeypatch.setitem(augment.POLICIES, "light", augment.Policy())  # so calm that it can be seen
     recipe = get_recipe(SMALL, epochs=4, policy="reference", calm=0.5, build=build)
     assert [recipe.policy_in(e) for e in range(1, 5)] == 2 * ["reference"] + 2 * ["light"]
+    assert get_recipe(SMALL, policy="none", epochs=5, calm=0.8).policy_in(1) == "none"
     calming = feed(recipe, tiny)
     plain = pictures_by_index(feed(get_recipe(SMALL, policy="none"), tiny), 1)
     assert not torch.allclose(pictures_by_index(calming, 2), plain, atol=1e-4)
@@ -301,12 +319,42 @@ def test_a_student_learns_what_its_teacher_says(tiny, tmp_path):
     assert distance["taught"] < distance["alone"]
 
 
+def test_a_run_goes_on_with_the_teacher_it_had(tiny, tmp_path):
+    teacher = get_recipe(SMALL, epochs=1)
+    taught = get_recipe(SMALL, teacher=str(tmp_path / "t"))
+    train(teacher, tmp_path / "t", dataset=tiny, progress=False)
+    before = training.identity(taught, 0, "val", tiny)
+    train(teacher, tmp_path / "t", seed=1, force=True, dataset=tiny, progress=False)
+    now = training.identity(taught, 0, "val", tiny)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text(json.dumps(before))
+    with pytest.raises(RunError, match="teacher_sha256 is"):
+        run_directory.refuse_another_run(tmp_path / "r", now, training.DEFAULTS)
+    (tmp_path / "t" / "metrics.json").unlink()
+    with pytest.raises(RunError, match="isn't finished"):
+        train(taught, tmp_path / "new", dataset=tiny)
+
+
+def test_a_run_from_before_a_field_goes_on(tiny, tmp_path):
+    identity = training.identity(SMALL, 0, "val", tiny)
+    old = json.loads(json.dumps(identity))
+    del old["recipe"]["whiten"], old["teacher_sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    run_directory.refuse_another_run(tmp_path, identity, training.DEFAULTS)
+
+
+def test_a_recipes_name_names_a_folder(tmp_path):
+    assert get_recipe(SMALL, teacher="runs/t").name == "small-teacher=runs_t"
+    with pytest.raises(ValueError, match="no slashes"):
+        Recipe("a/b")
+
+
 def test_a_teacher_that_saw_more_is_refused(tiny, tmp_path):
     train(
         get_recipe(SMALL, epochs=1), tmp_path / "t", protocol="full", dataset=tiny, progress=False
     )
     taught = get_recipe(SMALL, teacher=str(tmp_path / "t"))
-    with pytest.raises(ValueError, match=r"under protocol 'full' .* has to be 'val'"):
+    with pytest.raises(ValueError, match=r"under protocol 'full' .* must be 'val'"):
         train(taught, tmp_path / "r", dataset=tiny)
     with pytest.raises(FileNotFoundError, match="no run at 'nobody'"):
         train(get_recipe(SMALL, teacher="nobody"), tmp_path / "r", dataset=tiny)
