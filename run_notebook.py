@@ -235,10 +235,11 @@ def _run_dir(names: list[str], settings: dict, extra: dict) -> Path:
 
 def _checked_run_folder(settings: dict, extra: dict) -> Path:
     """`training.run_folder`, once training has seen that it can use these settings."""
+    import recipes
     import training
 
-    changes = {k: v for k, v in extra.items() if k in training.Recipe.__dataclass_fields__}
-    recipe = training.get_recipe(settings["recipe"], **changes)
+    changes = {k: v for k, v in extra.items() if k in recipes.Recipe.__dataclass_fields__}
+    recipe = recipes.get_recipe(settings["recipe"], **changes)
     training.check_settings(recipe, settings["protocol"], settings["seed"])
     return training.run_folder(recipe, settings["protocol"], settings["seed"])
 

@@ -1,7 +1,7 @@
 """A study is a file: a base recipe, variations of it, seeds. `make sweep STUDY=studies/x.yaml`.
 
     about: What each part of the schedule is worth.
-    base: baseline               # a recipe, see training.RECIPES
+    base: baseline               # a recipe, see recipes.RECIPES
     always: {epochs: 12}         # changes of the base that all variations share
     seeds: [0, 1, 2]             # [0], unless said
     variations:                  # name: changes
@@ -21,7 +21,8 @@ from pathlib import Path
 
 import yaml
 
-from training import Recipe, check_settings, get_recipe
+from recipes import Recipe, get_recipe
+from training import check_settings
 
 __all__ = ["Study", "load_study"]
 

@@ -23,20 +23,10 @@ from pathlib import Path
 import torch
 
 from cifar10 import Data, load, title
+from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
 from run_directory import RunError, refuse_another_run
 from study import Study, load_study
-from training import (
-    DEFAULTS,
-    RECIPES,
-    ROOT,
-    Recipe,
-    check_settings,
-    get_recipe,
-    identity,
-    pick_device,
-    run_folder,
-    train,
-)
+from training import ROOT, check_settings, identity, pick_device, run_folder, train
 
 __all__ = ["train_many"]
 
@@ -60,7 +50,7 @@ def train_many(
     that starts processes.
 
     Args:
-        recipes: names in `training.RECIPES`, or recipes; no two of the same name.
+        recipes: names in `recipes.RECIPES`, or recipes; no two of the same name.
         seeds: whole numbers.
         protocol, dataset, device: as for `train`.
         folder: where the run directories go, called `<recipe>-<protocol>-seed<seed>`.

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 import cifar10
+from recipes import DEFAULTS
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
-from training import DEFAULTS, HISTORY_COLUMNS, PROTOCOLS, log_probabilities
+from training import HISTORY_COLUMNS, PROTOCOLS, log_probabilities
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.csv"
 

@@ -30,6 +30,7 @@ from analysis.runs import (
     study_groups,
     variation_name,
 )
+from recipes import DEFAULTS, RECIPES, Recipe
 from tiny_cifar10_net import (
     LayerCost,
     NetCIFAR10_Tiny,
@@ -37,7 +38,7 @@ from tiny_cifar10_net import (
     layer_costs,
     receptive_field,
 )
-from training import DEFAULTS, RECIPES, Recipe, evaluate, train_index
+from training import evaluate, train_index
 
 
 def show(markdown: str) -> None:

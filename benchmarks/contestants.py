@@ -72,12 +72,13 @@ class Pictures(Dataset):
 def ours(compiled=True, threads=None):
     """The engine of training.py, a step each time `next` is called; yields a step's parts."""
     import cifar10
+    import recipes
     import training
 
     if threads:
         torch.set_num_threads(threads)
     device = training.pick_device()
-    recipe = training.get_recipe("baseline", batch_size=BATCH, policy=POLICY, name="bench")
+    recipe = recipes.get_recipe("baseline", batch_size=BATCH, policy=POLICY, name="bench")
     problem = training._Problem(cifar10.load(), "full")
     with tempfile.TemporaryDirectory() as folder, training._repeatable():
         run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, compiled)

@@ -13,6 +13,7 @@ import analysis
 import publish
 import run_directory
 import training
+from recipes import DEFAULTS
 from study import load_study
 from tiny_cifar10_net import load_pretrained
 
@@ -78,10 +79,10 @@ def test_the_tables_are_those_of_the_runs():
 def test_published_studies_hold_only_what_their_files_say():
     for name, runs in publish.studies().items():
         study = load_study(f"studies/{name}.yaml")
-        recipes = {recipe.name: asdict(recipe) for recipe in study.recipes}
+        meant = {recipe.name: asdict(recipe) for recipe in study.recipes}
         for run in runs:
-            recipe = training.DEFAULTS | run.config["recipe"]
-            assert recipe == recipes[recipe["name"]] and run.config["seed"] in study.seeds
+            recipe = DEFAULTS | run.config["recipe"]
+            assert recipe == meant[recipe["name"]] and run.config["seed"] in study.seeds
 
 
 def test_the_tables_of_the_studies_are_those_of_their_runs():

@@ -16,8 +16,9 @@ from test_training import SMALL, assert_same_outcome, history
 import cifar10
 import run_directory
 import training
+from recipes import get_recipe
 from run_directory import RunError
-from training import get_recipe, train
+from training import train
 
 SIX_EPOCHS = get_recipe(
     SMALL,

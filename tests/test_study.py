@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 import sweep
+from recipes import RECIPES, get_recipe
 from study import ROOT, load_study
-from training import RECIPES, get_recipe
 
 SMALL = {
     "about": "Is a higher rate better?",

@@ -7,9 +7,10 @@ import torch
 
 import cifar10
 import sweep
+from recipes import Recipe
 from run_directory import RunError
 from sweep import train_many
-from training import Recipe, train
+from training import train
 
 SMALL = Recipe("small", epochs=1, batch_size=32, lr=0.05, schedule="one_cycle", policy="light")
 FAILING = Recipe("failing", epochs=1, batch_size=32, lr=99, schedule="constant")

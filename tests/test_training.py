@@ -15,9 +15,10 @@ import cifar10
 import run_directory
 import training
 from engine import CompiledNetwork
+from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
 from run_directory import RunError
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
-from training import RECIPES, Recipe, get_recipe, log_probabilities, train
+from training import log_probabilities, train
 
 # Where torch.compile can work, it must: a failure is no reason to skip.
 needs_compiler = pytest.mark.skipif(
@@ -329,7 +330,7 @@ def test_a_run_goes_on_with_the_teacher_it_had(tiny, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.json").write_text(json.dumps(before))
     with pytest.raises(RunError, match="teacher_sha256 is"):
-        run_directory.refuse_another_run(tmp_path / "r", now, training.DEFAULTS)
+        run_directory.refuse_another_run(tmp_path / "r", now, DEFAULTS)
     (tmp_path / "t" / "metrics.json").unlink()
     with pytest.raises(RunError, match="isn't finished"):
         train(taught, tmp_path / "new", dataset=tiny)
@@ -340,7 +341,7 @@ def test_a_run_from_before_a_field_goes_on(tiny, tmp_path):
     old = json.loads(json.dumps(identity))
     del old["recipe"]["whiten"], old["teacher_sha256"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    run_directory.refuse_another_run(tmp_path, identity, training.DEFAULTS)
+    run_directory.refuse_another_run(tmp_path, identity, DEFAULTS)
 
 
 def test_a_recipes_name_names_a_folder(tmp_path):

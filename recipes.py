@@ -1,0 +1,201 @@
+"""Recipes: how to train, in full, as data that can be written to a file and compared.
+
+    recipe = get_recipe("quick", epochs=20)
+
+`training.train` carries one out; `RECIPES` holds the presets.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+
+import augment
+
+__all__ = ["DEFAULTS", "RECIPES", "Recipe", "check_choice", "check_number", "get_recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything that decides the outcome but for seed, data and protocol.
+
+    Raises:
+        ValueError: a field out of its range; the message names the field and the range.
+    """
+
+    name: str
+    epochs: int = 50
+    batch_size: int = 128
+
+    optimizer: str = "sgd"  # sgd (Nesterov) or adamw
+    lr: float = 0.045  # the highest the schedule reaches
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 5e-4
+    decay_all: bool = True  # False: no decay on BatchNorm and biases
+    decay_depthwise: float = 1.0  # share of weight_decay on depthwise filters
+    whiten: bool = False  # first convolution starts as the pictures' principal patches
+
+    schedule: str = "plateau"  # plateau, one_cycle, cosine or constant
+    warmup: float = 0.2  # one_cycle, cosine: share of all steps spent rising to lr
+    plateau_factor: float = 0.1
+    plateau_patience: int = 2  # epochs without a better selection loss before lr drops
+    stop_patience: int | None = 6  # epochs without one before training stops; None: never
+    min_delta: float = 1e-4  # what counts as better, in early stopping
+
+    label_smoothing: float = 0.0
+    ema: float | None = None  # decay of the weights' moving average, per step; None: no average
+
+    teacher: str | None = (
+        None  # a run to learn from, as load_pretrained takes it; None: labels alone
+    )
+    teaching: float = 0.5  # the teacher's share of the loss, beside the labels'
+    temperature: float = 4.0  # softens what both say before the two are compared
+
+    policy: str = "reference"  # a name in augment.POLICIES
+    build: str = "batched"  # who makes the batches: batched, albumentations or torchvision
+    calm: float = 0.0  # the share of the epochs, at the end, that use the policy `light` instead
+    alternate_flip: bool = False  # mirror each picture in every second epoch, not at random
+
+    start_side: int = 32  # pixels: pictures are shrunk to this side in the first epoch and grow
+    grow: float = 0.5  # to their own over this share of the epochs: cheap steps first
+
+    dilated: bool = True  # the network's options, see NetCIFAR10_Tiny
+    separable: bool = True
+    width: float = 1.0
+
+    def __post_init__(self):
+        for name, (kind, low, high) in _RANGES.items():
+            check_number(name, getattr(self, name), kind, low, high)
+        for name, (kind, low, high) in _OPTIONAL_RANGES.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), kind, low, high, " or None")
+        for name in ("decay_all", "whiten", "alternate_flip", "dilated", "separable"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
+        check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
+        check_choice("build", self.build, augment.BUILDS)
+        augment.get_policy(self.policy)
+        if not isinstance(self.teacher, str | None):
+            raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
+        if self.alternate_flip and (self.build != "batched" or not self._flips):
+            raise ValueError(
+                "alternate_flip takes build 'batched' and a policy that flips; got build "
+                f"{self.build!r} and policy {self.policy!r}"
+            )
+        if not isinstance(self.name, str) or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"a recipe's name becomes a folder's: no slashes; got {self.name!r}")
+
+    @property
+    def _flips(self) -> bool:
+        return augment.get_policy(self.policy).flip > 0
+
+    def policy_in(self, epoch: int) -> str:
+        """Name of the policy of this epoch, counted from 1: the end may be calmer.
+
+        The last epochs without strong augmentation: Ge et al. (2021, arXiv:2107.08430), and, for
+        mixing, Touvron et al. (2022, arXiv:2204.07118).
+        """
+        return "light" if epoch > self.epochs - round(self.calm * self.epochs) else self.policy
+
+    def side(self, epoch: int) -> int:
+        """Side of the pictures in this epoch, counted from 1: from start_side in steps of 8 to 32.
+
+        Progressive resizing, as in fast.ai's DAWNBench entry (2018) and EfficientNetV2 (Tan and
+        Le, 2021, arXiv:2104.00298): a quarter of the pixels is a quarter of the work. Few
+        different sides, as each is compiled by itself.
+        """
+        growing = self.grow * self.epochs
+        share = min(1.0, (epoch - 1) / growing) if growing else 1.0
+        missing = 32 - self.start_side
+        return 32 if share == 1 else self.start_side + 8 * int(missing * share / 8)
+
+    @property
+    def model_options(self) -> dict:
+        return {"dilated": self.dilated, "separable": self.separable, "width": self.width}
+
+
+_RANGES = {
+    "epochs": (int, 1, 10_000),
+    "batch_size": (int, 1, 50_000),
+    "lr": (float, 1e-8, 100),
+    "momentum": (float, 0, 0.9999),
+    "weight_decay": (float, 0, 1),
+    "decay_depthwise": (float, 0, 1),
+    "warmup": (float, 0, 0.9),
+    "plateau_factor": (float, 1e-4, 0.99),
+    "plateau_patience": (int, 0, 10_000),
+    "min_delta": (float, 0, 1),
+    "label_smoothing": (float, 0, 0.9),
+    "teaching": (float, 0, 1),
+    "temperature": (float, 0.1, 100),
+    "calm": (float, 0, 1),
+    "start_side": (int, 8, 32),
+    "grow": (float, 0, 1),
+    "width": (float, 0.05, 16),
+}
+_OPTIONAL_RANGES = {"stop_patience": (int, 1, 10_000), "ema": (float, 0, 0.99999)}
+
+
+def check_number(name, value, kind, low, high, alternative=""):
+    """Refuse strings, bools, NaN and what lies outside [low, high], in one sentence."""
+    right_kind = isinstance(value, (int, float) if kind is float else int)
+    if not right_kind or isinstance(value, bool) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {what} from {low} to {high}{alternative}; got {value!r}")
+
+
+def check_choice(name, value, valid):
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        # The published reference's, number for number.
+        Recipe("baseline"),
+        # The most in about ten minutes on two CPU cores: one cycle, small pictures first, batches
+        # that the caches hold, and only as much augmentation as so few epochs can use.
+        Recipe(
+            "quick",
+            epochs=8,
+            batch_size=32,
+            lr=0.06,
+            decay_all=False,
+            schedule="one_cycle",
+            warmup=0.25,
+            stop_patience=None,
+            policy="light",
+            start_side=16,
+            grow=0.75,
+        ),
+    )
+}
+
+
+# What a recipe says where it isn't told, and what one meant before a field was there.
+DEFAULTS = asdict(Recipe(""))
+
+
+def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
+    """A preset by name (or a Recipe as it is), with `changes` that aren't None applied.
+
+    A changed preset is called after its changes, e.g. `quick-epochs=2`, so that no table passes
+    it off as the preset.
+
+    Raises:
+        ValueError: unknown preset or field (the valid ones are listed), or a value out of range.
+    """
+    if not isinstance(recipe, Recipe):
+        check_choice("recipe", recipe, tuple(RECIPES))
+        recipe = RECIPES[recipe]
+    valid = [f.name for f in fields(Recipe)]
+    for name in changes:
+        check_choice("recipe field", name, valid)
+    changes = {k: v for k, v in changes.items() if v is not None}
+    changed = {k: v for k, v in changes.items() if v != getattr(recipe, k)}
+    if changed and "name" not in changes:
+        settings = ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
+        changed["name"] = re.sub(r"[/\\]", "_", f"{recipe.name}-{settings}")  # names a folder
+    return replace(recipe, **changed)
