@@ -27,9 +27,10 @@ class Recipe:
     epochs: int = 50
     batch_size: int = 128
 
-    optimizer: str = "sgd"  # sgd (Nesterov) or adamw
+    optimizer: str = "sgd"  # sgd (Nesterov), adamw, or muon where channels mix and sgd elsewhere
     lr: float = 0.045  # the highest the schedule reaches
-    momentum: float = 0.9  # sgd only
+    muon_lr: float = 0.02  # the same for what muon trains
+    momentum: float = 0.9  # sgd and muon
     weight_decay: float = 5e-4
     decay_all: bool = True  # False: no decay on BatchNorm and biases
     decay_depthwise: float = 1.0  # share of weight_decay on depthwise filters
@@ -72,7 +73,7 @@ class Recipe:
         for name in ("decay_all", "whiten", "alternate_flip", "dilated", "separable"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
+        check_choice("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
         check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
         check_choice("build", self.build, augment.BUILDS)
         augment.get_policy(self.policy)
@@ -119,6 +120,7 @@ _RANGES = {
     "epochs": (int, 1, 10_000),
     "batch_size": (int, 1, 50_000),
     "lr": (float, 1e-8, 100),
+    "muon_lr": (float, 1e-8, 100),
     "momentum": (float, 0, 0.9999),
     "weight_decay": (float, 0, 1),
     "decay_depthwise": (float, 0, 1),

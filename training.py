@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import (
+    ConstantLR,
     CosineAnnealingLR,
     LinearLR,
     OneCycleLR,
@@ -232,9 +233,9 @@ class _Run:
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides)
         self.teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
         self.feed = _feed(recipe, seed, problem, device, workers)
-        self.optimizer = _optimizer(recipe, self.model)
+        self.optimizers = _optimizers(recipe, self.model)
         steps = math.ceil(len(problem.train_index) / recipe.batch_size)
-        self.schedule = _schedule(recipe, self.optimizer, steps)
+        self.schedules = [_schedule(recipe, optimizer, steps) for optimizer in self.optimizers]
         self.ema = None
         if recipe.ema is not None:
             average = get_ema_multi_avg_fn(recipe.ema)
@@ -272,7 +273,7 @@ class _Run:
         started = time.perf_counter()
         self.memory.trim()
         train_loss, train_acc = self._train_pass(epoch)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizers[0].param_groups[0]["lr"]
         val_loss = val_acc = None
         if self.problem.selection is not None:
             self.memory.trim()
@@ -280,8 +281,9 @@ class _Run:
                 self.answering, *self.problem.selection, self.problem.stats
             )
             self._require_finite(val_loss, f"the selection loss after epoch {epoch}")
-            if isinstance(self.schedule, ReduceLROnPlateau):
-                self.schedule.step(val_loss)
+            if self.recipe.schedule == "plateau":
+                for schedule in self.schedules:
+                    schedule.step(val_loss)
         if val_loss is None or val_loss < self.best_loss - self.recipe.min_delta:
             self.best_epoch, self.best_loss = epoch, math.inf if val_loss is None else val_loss
             self.best_weights = _cpu_copy(self.answering)
@@ -319,11 +321,13 @@ class _Run:
                 lesson = self.teacher(images)
             share = self.recipe.teaching
             loss = (1 - share) * loss + share * _distance(output, lesson, self.recipe.temperature)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
-        if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
-            self.schedule.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.recipe.schedule != "plateau":
+            for schedule in self.schedules:
+                schedule.step()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return loss.detach(), output.detach()
@@ -341,8 +345,8 @@ class _Run:
         state = {
             "history": self.history,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
             "ema": None if self.ema is None else self.ema.state_dict(),
             "best": (self.best_epoch, self.best_loss, self.best_weights),
         }
@@ -354,11 +358,17 @@ class _Run:
         if not file.is_file():
             return
         state = torch.load(file, map_location="cpu", weights_only=True)
+        if "optimizers" not in state:
+            raise RunError(
+                f"{self.run_dir} was begun by an earlier version of this code: finish it with "
+                "that, give another name, or replace it with force=1"
+            )
         self.history = state["history"]
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.best_epoch, self.best_loss, self.best_weights = state["best"]
@@ -427,18 +437,54 @@ def _worth_compiling(recipe, pictures: int, device, compile: bool | str) -> set[
 # ------------------------------------------------------------------------- the parts of a recipe
 
 
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def _optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """One for all parameters, but that Muon leaves to SGD what isn't a matrix."""
+    mixing = _mixing(model) if recipe.optimizer == "muon" else []
+    taken = {id(weight) for weight in mixing}
     by_decay: dict[float, list] = {}
     for p in model.parameters():
-        by_decay.setdefault(_decay(recipe, p), []).append(p)
+        if id(p) not in taken:
+            by_decay.setdefault(_decay(recipe, p), []).append(p)
     groups = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one call for all parameters
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
-    nesterov = recipe.momentum > 0  # torch refuses Nesterov without momentum
-    return torch.optim.SGD(
-        groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused
-    )
+        return [torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)]
+    momentum = recipe.momentum
+    nesterov = momentum > 0  # torch refuses Nesterov without momentum
+    sgd = torch.optim.SGD(groups, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    if not mixing:
+        return [sgd]
+    # Muon's decay doesn't pass through its momentum: as much a step as SGD's comes to.
+    decay = recipe.weight_decay * recipe.lr / (1 - momentum) / recipe.muon_lr
+    return [sgd, _Muon(mixing, lr=recipe.muon_lr, momentum=momentum, weight_decay=decay)]
+
+
+def _mixing(model: nn.Module) -> list[Tensor]:
+    """Weights of the convolutions that mix channels, but for the first and the head's."""
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return [conv.weight for conv in convs[1:-1] if conv.groups == 1]
+
+
+class _Muon(torch.optim.Muon):
+    """Muon (Keller Jordan, 2024) for convolutions: a step's directions all get the same length.
+
+    torch's takes matrices only, so weights (out, in, kh, kw) are shown to it as (out, kh * kw * in)
+    of the same memory, which in channels_last lies so.
+    """
+
+    def __init__(self, weights: list[Tensor], **options):
+        self.weights = weights
+        super().__init__([nn.Parameter(_matrix(w.detach())) for w in weights], **options)
+
+    def step(self, closure=None):
+        for matrix, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
+            matrix.grad = _matrix(weight.grad.contiguous(memory_format=torch.channels_last))
+        return super().step(closure)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(out, in, kh, kw), channels_last -> (out, kh * kw * in), the same memory."""
+    return weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
 
 def _decay(recipe: Recipe, parameter: Tensor) -> float:
@@ -475,21 +521,20 @@ def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch:
     """A torch scheduler: ReduceLROnPlateau steps once an epoch, the others once a batch."""
     total = recipe.epochs * steps_per_epoch
     rising = round(recipe.warmup * total)
+    peak = optimizer.defaults["lr"]
     if recipe.schedule == "plateau":
         return ReduceLROnPlateau(
             optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
         )
     if recipe.schedule == "one_cycle":
-        return OneCycleLR(
-            optimizer, recipe.lr, total, pct_start=recipe.warmup, cycle_momentum=False
-        )
+        return OneCycleLR(optimizer, peak, total, pct_start=recipe.warmup, cycle_momentum=False)
     if recipe.schedule == "cosine":
         falling = CosineAnnealingLR(optimizer, max(1, total - rising))
         if not rising:
             return falling
         warmup = LinearLR(optimizer, start_factor=1e-2, total_iters=rising)
         return SequentialLR(optimizer, [warmup, falling], milestones=[rising])
-    return None
+    return ConstantLR(optimizer, factor=1)
 
 
 def _loss(log_p: Tensor, labels: Tensor, smoothing: float) -> Tensor:

@@ -191,8 +191,8 @@ def test_the_loop_is_plain_sgd_written_out_by_hand(tiny, tmp_path):
 
 def test_weight_decay_spares_norms_and_biases_when_told():
     net = NetCIFAR10_Tiny()
-    spared, everything = (
-        training._optimizer(get_recipe("baseline", decay_all=decay_all), net)
+    (spared,), (everything,) = (
+        training._optimizers(get_recipe("baseline", decay_all=decay_all), net)
         for decay_all in (False, True)
     )
     decayed, free = (g["params"] for g in spared.param_groups)
@@ -216,13 +216,35 @@ def lr_curve(recipe, steps_per_epoch):
 def test_decay_of_depthwise_filters_is_their_own():
     net = NetCIFAR10_Tiny()
     recipe = get_recipe("baseline", decay_all=False, decay_depthwise=0.25)
-    groups = training._optimizer(recipe, net).param_groups
+    groups = training._optimizers(recipe, net)[0].param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     named = dict(net.named_parameters())
     assert decay.keys() == {id(p) for p in named.values()}
     assert decay[id(named["c2.0.dw.weight"])] == 0.25 * 5e-4
     assert decay[id(named["c2.0.pw.weight"])] == decay[id(named["c1.0.0.weight"])] == 5e-4
     assert decay[id(named["c2.0.bn_dw.weight"])] == decay[id(named["head.bias"])] == 0
+
+
+def test_muon_moves_what_mixes_channels_equally_far_in_all_directions():
+    net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
+    recipe = get_recipe("baseline", optimizer="muon", muon_lr=0.01, weight_decay=0.0)
+    sgd, muon = training._optimizers(recipe, net)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net(torch.rand(8, 3, 32, 32).to(memory_format=torch.channels_last))[:, 0].sum().backward()
+    muon.step()
+    moved = {name: before[name] - p.detach() for name, p in net.named_parameters()}
+    mixing = {name for name, step in moved.items() if step.abs().sum() > 0}
+    blocks = [f"c{c}.{b}" for c, n in ((2, 2), (3, 2), (4, 5)) for b in range(n)]
+    assert mixing == {"c1.1.0.weight", *(f"{block}.pw.weight" for block in blocks)}
+    for name in mixing:
+        step = moved[name].flatten(1)
+        # A rotation times the rate, more for a tall matrix, from singular values 0.5 to 1.5 or so.
+        length = 0.01 * max(1, step.shape[0] / step.shape[1]) ** 0.5
+        strengths = torch.linalg.svdvals(step) / length
+        assert strengths[: len(strengths) // 2].min() > 0.5 and strengths.max() < 1.5
+        assert torch.sum(step * net.get_parameter(name).grad.flatten(1)) > 0  # downhill
+    left_to_sgd = {id(p) for g in sgd.param_groups for p in g["params"]}
+    assert left_to_sgd == {id(p) for name, p in net.named_parameters() if name not in mixing}
 
 
 def test_whitened_filters_answer_with_variance_one_and_uncorrelated(tiny):
