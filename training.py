@@ -21,7 +21,6 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,20 +29,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    OneCycleLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 import augment
 import cifar10
+import ingredients
 from engine import CompiledNetwork, Memory, peak_memory
+from feeding import key, make_feed, resized
 from recipes import DEFAULTS, RECIPES, Recipe, check_choice, check_number, get_recipe
 from run_directory import RunError, claim, write, write_json
 from tiny_cifar10_net import NetCIFAR10_Tiny, layer_costs, load_pretrained, run_path
@@ -223,19 +215,21 @@ class _Run:
     ):
         self.recipe, self.problem, self.device = recipe, problem, device
         self.seed, self.run_dir, self.progress = seed, run_dir, progress
-        torch.manual_seed(_key(seed))
+        torch.manual_seed(key(seed))
         model = NetCIFAR10_Tiny(len(problem.data.classes), **recipe.model_options)
         if recipe.whiten:
             some = problem.train_index[:: max(1, len(problem.train_index) // 500)]
-            _whiten(model.c1[0][0], problem.train[0][some], problem.stats)
+            ingredients.whiten(model.c1[0][0], problem.train[0][some], problem.stats)
         self.model = model.to(device, memory_format=torch.channels_last)
         sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides)
         self.teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
-        self.feed = _feed(recipe, seed, problem, device, workers)
-        self.optimizers = _optimizers(recipe, self.model)
+        self.feed = make_feed(recipe, seed, problem, device, workers)
+        self.optimizers = ingredients.optimizers(recipe, self.model)
         steps = math.ceil(len(problem.train_index) / recipe.batch_size)
-        self.schedules = [_schedule(recipe, optimizer, steps) for optimizer in self.optimizers]
+        self.schedules = [
+            ingredients.schedule(recipe, optimizer, steps) for optimizer in self.optimizers
+        ]
         self.ema = None
         if recipe.ema is not None:
             average = get_ema_multi_avg_fn(recipe.ema)
@@ -295,14 +289,14 @@ class _Run:
         """One epoch of steps; the mean loss and accuracy over the pictures as they were fed."""
         self.model.train()
         side = self.recipe.side(epoch)
-        torch.manual_seed(_key(self.seed, epoch))  # for whatever a network may draw by itself
+        torch.manual_seed(key(self.seed, epoch))  # for whatever a network may draw by itself
         # Sums stay on the device, where reading one means waiting for all that was queued; a sum
         # that was ever NaN or infinite stays so, hence a GPU may be asked now and then.
         loss_sum, hits = torch.zeros(2, device=self.device)
         ask_every = 1 if self.device.type == "cpu" else 50
         with _bar(total=len(self.feed), unit="batch", on=self.progress, leave=False) as bar:
             for step, (images, labels) in enumerate(self.feed.epoch(epoch), start=1):
-                loss, output = self._step(_resized(images, side), labels)
+                loss, output = self._step(resized(images, side), labels)
                 loss_sum += loss * len(labels)
                 hits += (output.argmax(dim=1) == labels).sum()
                 if step % ask_every == 0 or step == len(self.feed):
@@ -314,13 +308,11 @@ class _Run:
         return loss_sum.item() / n, 100 * hits.item() / n
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.network(images)
-        loss = _loss(output, labels, self.recipe.label_smoothing)
+        output, lesson = self.network(images), None
         if self.teacher is not None:
             with torch.no_grad():
                 lesson = self.teacher(images)
-            share = self.recipe.teaching
-            loss = (1 - share) * loss + share * _distance(output, lesson, self.recipe.temperature)
+        loss = ingredients.loss(self.recipe, output, labels, lesson)
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         for optimizer in self.optimizers:
@@ -434,125 +426,6 @@ def _worth_compiling(recipe, pictures: int, device, compile: bool | str) -> set[
     return set(fed) if compile else set()
 
 
-# ------------------------------------------------------------------------- the parts of a recipe
-
-
-def _optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """One for all parameters, but that Muon leaves to SGD what isn't a matrix."""
-    mixing = _mixing(model) if recipe.optimizer == "muon" else []
-    taken = {id(weight) for weight in mixing}
-    by_decay: dict[float, list] = {}
-    for p in model.parameters():
-        if id(p) not in taken:
-            by_decay.setdefault(_decay(recipe, p), []).append(p)
-    groups = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one call for all parameters
-    if recipe.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)]
-    momentum = recipe.momentum
-    nesterov = momentum > 0  # torch refuses Nesterov without momentum
-    sgd = torch.optim.SGD(groups, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=fused)
-    if not mixing:
-        return [sgd]
-    # Muon's decay doesn't pass through its momentum: as much a step as SGD's comes to.
-    decay = recipe.weight_decay * recipe.lr / (1 - momentum) / recipe.muon_lr
-    return [sgd, _Muon(mixing, lr=recipe.muon_lr, momentum=momentum, weight_decay=decay)]
-
-
-def _mixing(model: nn.Module) -> list[Tensor]:
-    """Weights of the convolutions that mix channels, but for the first and the head's."""
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [conv.weight for conv in convs[1:-1] if conv.groups == 1]
-
-
-class _Muon(torch.optim.Muon):
-    """Muon (Keller Jordan, 2024) for convolutions: a step's directions all get the same length.
-
-    torch's takes matrices only, so weights (out, in, kh, kw) are shown to it as (out, kh * kw * in)
-    of the same memory, which in channels_last lies so.
-    """
-
-    def __init__(self, weights: list[Tensor], **options):
-        self.weights = weights
-        super().__init__([nn.Parameter(_matrix(w.detach())) for w in weights], **options)
-
-    def step(self, closure=None):
-        for matrix, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
-            matrix.grad = _matrix(weight.grad.contiguous(memory_format=torch.channels_last))
-        return super().step(closure)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """(out, in, kh, kw), channels_last -> (out, kh * kw * in), the same memory."""
-    return weight.permute(0, 2, 3, 1).view(len(weight), -1)
-
-
-def _decay(recipe: Recipe, parameter: Tensor) -> float:
-    if parameter.ndim == 1:  # BatchNorm's weights, and all biases
-        return recipe.weight_decay if recipe.decay_all else 0.0
-    depthwise = parameter.shape[1] == 1
-    return recipe.weight_decay * (recipe.decay_depthwise if depthwise else 1)
-
-
-def _whiten(conv: nn.Conv2d, images: Tensor, stats: cifar10.Stats) -> None:
-    """Set a first convolution's filters to the principal patches of `images`, and their negatives.
-
-    Each is divided by its standard deviation, so that inside the pictures its responses have
-    nearly the variance 1 and are uncorrelated. The strongest come first, for as many filters as
-    there are; more than all patches and their negatives stay as they were. After
-    tysam-code/hlb-CIFAR10 (2022) and Keller Jordan's airbench (arXiv:2404.00498), whose first
-    layer stays so. This one goes on learning, and as BatchNorm follows it, the length of a filter
-    only decides how fast.
-
-    Args:
-        images: uint8 (N, H, W, 3); some hundreds are plenty.
-    """
-    pixels = augment.Batched("none", stats.mean, stats.std)(images)
-    patches = F.unfold(pixels, conv.kernel_size).transpose(1, 2).flatten(0, 1).double()
-    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-    half = -(-conv.out_channels // 2)
-    scaled = (directions / (variances + 1e-3).sqrt()).T.flip(0)  # strongest first, one a row
-    filters = torch.cat((scaled[:half], -scaled[:half]))[: conv.out_channels]
-    with torch.no_grad():
-        conv.weight[: len(filters)] = filters.view(-1, *conv.weight.shape[1:]).float()
-
-
-def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
-    """A torch scheduler: ReduceLROnPlateau steps once an epoch, the others once a batch."""
-    total = recipe.epochs * steps_per_epoch
-    rising = round(recipe.warmup * total)
-    peak = optimizer.defaults["lr"]
-    if recipe.schedule == "plateau":
-        return ReduceLROnPlateau(
-            optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
-        )
-    if recipe.schedule == "one_cycle":
-        return OneCycleLR(optimizer, peak, total, pct_start=recipe.warmup, cycle_momentum=False)
-    if recipe.schedule == "cosine":
-        falling = CosineAnnealingLR(optimizer, max(1, total - rising))
-        if not rising:
-            return falling
-        warmup = LinearLR(optimizer, start_factor=1e-2, total_iters=rising)
-        return SequentialLR(optimizer, [warmup, falling], milestones=[rising])
-    return ConstantLR(optimizer, factor=1)
-
-
-def _loss(log_p: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Negative log-likelihood of log-probabilities, with label smoothing (Szegedy et al., 2016)."""
-    nll = F.nll_loss(log_p, labels)
-    return nll if smoothing == 0 else (1 - smoothing) * nll - smoothing * log_p.mean()
-
-
-def _distance(log_p: Tensor, lesson: Tensor, temperature: float) -> Tensor:
-    """Of a student's log-probabilities from a teacher's, both (N, classes), both softened.
-
-    Kullback-Leibler divergence times temperature², so that gradients keep their size (Hinton,
-    Vinyals and Dean, 2015, arXiv:1503.02531).
-    """
-    student, teacher = ((x / temperature).log_softmax(dim=1) for x in (log_p, lesson))
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
 def _teacher(recipe: Recipe, protocol: str, data: cifar10.Data) -> nn.Module | None:
     """The network to learn from, in eval mode; refused where it may know what ours mustn't."""
     if recipe.teacher is None:
@@ -575,129 +448,6 @@ def _teachers_run(recipe: Recipe) -> Path:
     if not (folder / "metrics.json").is_file():
         raise RunError(f"teacher {recipe.teacher!r} isn't finished: finish its run first")
     return folder
-
-
-# ----------------------------------------------------------------------------- feeding the network
-
-
-def _feed(recipe, seed, problem, device, workers):
-    kind = _BatchedFeed if recipe.build == "batched" else _PerSampleFeed
-    return kind(recipe, seed, problem, device, workers)
-
-
-class _Feed:
-    """Batches of normalised pictures and labels on the device, one epoch at a time."""
-
-    def __init__(self, recipe, seed, problem, device, workers):
-        self.recipe, self.seed, self.problem, self.device = recipe, seed, problem, device
-        self.workers = workers
-        stats, epochs = problem.stats, range(1, recipe.epochs + 1)
-        self.transforms = {
-            policy: self.transform(policy, stats.mean, stats.std)
-            for policy in dict.fromkeys(map(recipe.policy_in, epochs))
-        }
-
-    def transform(self, policy: str, mean, std):
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.problem.train_index) / self.recipe.batch_size)
-
-    def order(self, epoch: int) -> Tensor:
-        """The indices of this epoch's pictures, in the order in which they come."""
-        generator = torch.Generator().manual_seed(_key(self.seed, epoch))
-        index = self.problem.train_index
-        return index[torch.randperm(len(index), generator=generator)]
-
-
-class _BatchedFeed(_Feed):
-    """The pictures live on the device; a whole batch is augmented there at once."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.images, self.labels = (t.to(self.device) for t in self.problem.train)
-        # Which pictures are mirrored in even epochs, where flips alternate.
-        generator = torch.Generator().manual_seed(_key(self.seed, 0, 0, 1))
-        self.mirrored = torch.rand(len(self.labels), generator=generator) < 0.5
-
-    def transform(self, policy: str, mean, std):
-        return augment.Batched(policy, mean, std).to(self.device)
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        transform = self.transforms[self.recipe.policy_in(epoch)]
-        for batch, index in enumerate(self.order(epoch).split(self.recipe.batch_size)):
-            draws = transform.draw(
-                len(index), torch.Generator().manual_seed(_key(self.seed, epoch, batch))
-            )
-            if self.recipe.alternate_flip:
-                # After Keller Jordan (2024, arXiv:2404.00498): two epochs show both sides of each.
-                transform.set_flips(draws, self.mirrored[index] ^ bool(epoch % 2))
-            draws = draws.to(self.device, non_blocking=True)
-            index = index.to(self.device, non_blocking=True)
-            yield transform.transform(self.images[index], draws), self.labels[index]
-
-
-class _PerSampleFeed(_Feed):
-    """One picture at a time, in a DataLoader: the reference's way, and the one people change."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.sampler = _EpochSampler()
-        self.loader = DataLoader(
-            _KeyedDataset(*self.problem.train, self.transforms, self.recipe, self.seed),
-            batch_size=self.recipe.batch_size,
-            sampler=self.sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-        )
-
-    def transform(self, policy: str, mean, std):
-        return augment.per_sample(policy, mean, std, self.recipe.build)
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.sampler.items = [(epoch, i) for i in self.order(epoch).tolist()]
-        for images, labels in self.loader:
-            images = images.to(self.device, memory_format=torch.channels_last)
-            yield images, labels.to(self.device)
-
-
-class _EpochSampler(Sampler):
-    """Hands (epoch, index) to the dataset, so that a worker knows which epoch it draws for."""
-
-    def __init__(self):
-        self.items: list[tuple[int, int]] = []
-
-    def __iter__(self):
-        return iter(self.items)
-
-    def __len__(self):
-        return len(self.items)
-
-
-class _KeyedDataset(Dataset):
-    def __init__(self, images: Tensor, labels: Tensor, transforms: dict, recipe, seed: int):
-        self.images, self.labels = images, labels
-        self.transforms, self.recipe, self.seed = transforms, recipe, seed
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, i = item
-        transform = self.transforms[self.recipe.policy_in(epoch)]
-        return transform(self.images[i].numpy(), _key(self.seed, epoch, i)), self.labels[i]
-
-
-def _resized(images: Tensor, side: int) -> Tensor:
-    """Pictures (N, 3, 32, 32) at another side, every pixel of the original having its say."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-
-
-def _key(*parts: int) -> int:
-    """One 32-bit seed from (seed, epoch, ...): neighbours are as unlike as any two.
-
-    Zeros at the end don't count, so an epoch shares its seed with its first batch.
-    """
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 # ----------------------------------------------------------------------------------- evaluation

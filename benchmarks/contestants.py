@@ -99,10 +99,11 @@ def steps(run, batches):
         output = run.network(images)
         loss = F.nll_loss(output, labels)
         clock.lap("forward")
-        run.optimizer.zero_grad(set_to_none=True)
+        run.model.zero_grad(set_to_none=True)
         loss.backward()
         clock.lap("backward")
-        run.optimizer.step()
+        for optimizer in run.optimizers:
+            optimizer.step()
         (output.detach().argmax(dim=1) == labels).sum()
         clock.lap("optimizer and metrics")
         yield clock.laps

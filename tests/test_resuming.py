@@ -14,6 +14,7 @@ import torch
 from test_training import SMALL, assert_same_outcome, history
 
 import cifar10
+import ingredients
 import run_directory
 import training
 from recipes import get_recipe
@@ -155,14 +156,14 @@ def test_what_is_half_written_is_never_read(tiny, whole, tmp_path, monkeypatch):
 
 
 def test_nan_stops_at_that_step_with_the_checkpoint_intact(tiny, whole, tmp_path, monkeypatch):
-    steps, loss = [], training._loss
+    steps, loss = [], ingredients.loss
 
     def poisoned(*arguments):
         steps.append(1)
         return loss(*arguments) * (float("nan") if len(steps) == 8 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_loss", poisoned)
+        patch.setattr(ingredients, "loss", poisoned)
         with pytest.raises(RunError, match=r"the loss at step 2 of epoch 3 is nan.*lower lr"):
             train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
     assert len(steps) == 8

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 
 import augment
 import cifar10
+import ingredients
 import run_directory
 import training
 from engine import CompiledNetwork
+from feeding import key, make_feed, resized
 from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
 from run_directory import RunError
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
@@ -167,14 +169,14 @@ def test_the_loop_is_plain_sgd_written_out_by_hand(tiny, tmp_path):
     )
     train(recipe, tmp_path / "r", seed=3, protocol="full", dataset=tiny, progress=False)
 
-    torch.manual_seed(training._key(3))
+    torch.manual_seed(key(3))
     net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, nesterov=True, weight_decay=5e-4)
     x = torch.from_numpy(tiny.train_images).permute(0, 3, 1, 2) / 255
     std, mean = torch.std_mean(x.double(), dim=(0, 2, 3), correction=0, keepdim=True)
     x, y = ((x - mean) / std).float(), torch.from_numpy(tiny.train_labels)
     total = 0.0
-    generator = torch.Generator().manual_seed(training._key(3, 1))
+    generator = torch.Generator().manual_seed(key(3, 1))
     for index in torch.randperm(200, generator=generator).split(80):
         batch = x[index].contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(net(batch), y[index], label_smoothing=0.1)
@@ -192,7 +194,7 @@ def test_the_loop_is_plain_sgd_written_out_by_hand(tiny, tmp_path):
 def test_weight_decay_spares_norms_and_biases_when_told():
     net = NetCIFAR10_Tiny()
     (spared,), (everything,) = (
-        training._optimizers(get_recipe("baseline", decay_all=decay_all), net)
+        ingredients.optimizers(get_recipe("baseline", decay_all=decay_all), net)
         for decay_all in (False, True)
     )
     decayed, free = (g["params"] for g in spared.param_groups)
@@ -204,7 +206,7 @@ def test_weight_decay_spares_norms_and_biases_when_told():
 
 def lr_curve(recipe, steps_per_epoch):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], recipe.lr)
-    schedule = training._schedule(recipe, optimizer, steps_per_epoch)
+    schedule = ingredients.schedule(recipe, optimizer, steps_per_epoch)
     curve = []
     for _ in range(recipe.epochs * steps_per_epoch):
         curve.append(optimizer.param_groups[0]["lr"])
@@ -216,7 +218,7 @@ def lr_curve(recipe, steps_per_epoch):
 def test_decay_of_depthwise_filters_is_their_own():
     net = NetCIFAR10_Tiny()
     recipe = get_recipe("baseline", decay_all=False, decay_depthwise=0.25)
-    groups = training._optimizers(recipe, net)[0].param_groups
+    groups = ingredients.optimizers(recipe, net)[0].param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     named = dict(net.named_parameters())
     assert decay.keys() == {id(p) for p in named.values()}
@@ -228,7 +230,7 @@ def test_decay_of_depthwise_filters_is_their_own():
 def test_muon_moves_what_mixes_channels_equally_far_in_all_directions():
     net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
     recipe = get_recipe("baseline", optimizer="muon", muon_lr=0.01, weight_decay=0.0)
-    sgd, muon = training._optimizers(recipe, net)
+    sgd, muon = ingredients.optimizers(recipe, net)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     net(torch.rand(8, 3, 32, 32).to(memory_format=torch.channels_last))[:, 0].sum().backward()
     muon.step()
@@ -251,7 +253,7 @@ def test_whitened_filters_answer_with_variance_one_and_uncorrelated(tiny):
     stats = cifar10.channel_stats(tiny.train_images)
     conv = torch.nn.Conv2d(3, 16, 3, bias=False)
     images = torch.from_numpy(tiny.train_images)
-    training._whiten(conv, images, stats)
+    ingredients.whiten(conv, images, stats)
     pixels = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(stats.mean).view(3, 1, 1)) / (
         torch.tensor(stats.std).view(3, 1, 1)
     )
@@ -264,7 +266,7 @@ def test_whitened_filters_answer_with_variance_one_and_uncorrelated(tiny):
 def test_more_filters_than_patches_keep_their_start(tiny):
     conv = torch.nn.Conv2d(3, 64, 3, bias=False)
     before = conv.weight.detach().clone()
-    training._whiten(
+    ingredients.whiten(
         conv, torch.from_numpy(tiny.train_images), cifar10.Stats((0.5,) * 3, (0.2,) * 3)
     )
     changed = (conv.weight != before).flatten(1).any(1)
@@ -278,13 +280,13 @@ def test_a_whitened_run_starts_from_the_training_pictures(tiny, tmp_path):
     expected = torch.nn.Conv2d(3, 16, 3, bias=False)
     index = training.train_index(tiny, "val")
     pictures = torch.from_numpy(tiny.train_images[index])
-    training._whiten(expected, pictures, cifar10.channel_stats(tiny.train_images, index))
+    ingredients.whiten(expected, pictures, cifar10.channel_stats(tiny.train_images, index))
     torch.testing.assert_close(first, expected.weight.detach(), atol=1e-5, rtol=0)
 
 
 def feed(recipe, data, workers=0):
     problem = training._Problem(data, "full")
-    return training._feed(recipe, 0, problem, torch.device("cpu"), workers)
+    return make_feed(recipe, 0, problem, torch.device("cpu"), workers)
 
 
 def pictures_by_index(feed, epoch):
@@ -320,10 +322,10 @@ def test_the_last_epochs_may_be_calmer(tiny, monkeypatch, build):
 
 def test_distance_from_a_teacher_is_zero_at_its_own_answer_and_hintons_elsewhere():
     logits, lesson = torch.randn(2, 5, 10).unbind(0)
-    distance = training._distance(logits.log_softmax(1), lesson.log_softmax(1), 4.0)
+    distance = ingredients.distance(logits.log_softmax(1), lesson.log_softmax(1), 4.0)
     p, q = (lesson / 4).softmax(1), (logits / 4).softmax(1)
     torch.testing.assert_close(distance, 16 * (p * (p / q).log()).sum(1).mean())
-    assert training._distance(lesson, lesson.log_softmax(1), 4.0).abs() < 1e-5
+    assert ingredients.distance(lesson, lesson.log_softmax(1), 4.0).abs() < 1e-5
 
 
 def test_a_student_learns_what_its_teacher_says(tiny, tmp_path):
@@ -338,7 +340,7 @@ def test_a_student_learns_what_its_teacher_says(tiny, tmp_path):
         train(recipe, tmp_path / name, dataset=tiny, progress=False)
         says[name] = log_probabilities(load_pretrained(tmp_path / name), pictures, stats)
     lesson = log_probabilities(load_pretrained(tmp_path / "teacher"), pictures, stats)
-    distance = {name: training._distance(log_p, lesson, 1.0) for name, log_p in says.items()}
+    distance = {name: ingredients.distance(log_p, lesson, 1.0) for name, log_p in says.items()}
     assert distance["taught"] < distance["alone"]
 
 
@@ -414,7 +416,7 @@ def test_pictures_grow_to_their_own_size(tiny, tmp_path, monkeypatch):
     train(get_recipe(recipe, epochs=2), tmp_path / "r", dataset=tiny, progress=False)
     assert fed == [(16, 16)] * 6 + [(24, 24)] * 6
     flat = torch.full((1, 3, 32, 32), 0.7)
-    torch.testing.assert_close(training._resized(flat, 20), flat[:, :, :20, :20])
+    torch.testing.assert_close(resized(flat, 20), flat[:, :, :20, :20])
 
 
 def test_compiled_where_it_pays():

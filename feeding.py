@@ -1,0 +1,147 @@
+"""Batches for training: augmented, normalised, on the device, and the same every time.
+
+Randomness is keyed by (seed, epoch, batch or sample), never by which worker came first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import augment
+
+__all__ = ["Feed", "key", "make_feed", "resized"]
+
+
+def make_feed(recipe, seed, problem, device, workers) -> Feed:
+    """The feed that a recipe's `build` asks for; see `Feed` for what it takes."""
+    kind = _BatchedFeed if recipe.build == "batched" else _PerSampleFeed
+    return kind(recipe, seed, problem, device, workers)
+
+
+class Feed:
+    """Batches of normalised pictures and labels on the device, one epoch at a time.
+
+    Args:
+        recipe, seed: decide what comes, in which order, and how it is augmented.
+        problem: has the pictures and labels that train (`train`: uint8 (N, H, W, 3) and int64
+            (N,)), which of them to use (`train_index`) and their channel statistics (`stats`).
+        workers: loader processes, for the builds that take one picture at a time.
+    """
+
+    def __init__(self, recipe, seed, problem, device, workers):
+        self.recipe, self.seed, self.problem, self.device = recipe, seed, problem, device
+        self.workers = workers
+        stats, epochs = problem.stats, range(1, recipe.epochs + 1)
+        self.transforms = {
+            policy: self.transform(policy, stats.mean, stats.std)
+            for policy in dict.fromkeys(map(recipe.policy_in, epochs))
+        }
+
+    def transform(self, policy: str, mean, std):
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.problem.train_index) / self.recipe.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The indices of this epoch's pictures, in the order in which they come."""
+        generator = torch.Generator().manual_seed(key(self.seed, epoch))
+        index = self.problem.train_index
+        return index[torch.randperm(len(index), generator=generator)]
+
+
+class _BatchedFeed(Feed):
+    """The pictures live on the device; a whole batch is augmented there at once."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.images, self.labels = (t.to(self.device) for t in self.problem.train)
+        # Which pictures are mirrored in even epochs, where flips alternate.
+        generator = torch.Generator().manual_seed(key(self.seed, 0, 0, 1))
+        self.mirrored = torch.rand(len(self.labels), generator=generator) < 0.5
+
+    def transform(self, policy: str, mean, std):
+        return augment.Batched(policy, mean, std).to(self.device)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        transform = self.transforms[self.recipe.policy_in(epoch)]
+        for batch, index in enumerate(self.order(epoch).split(self.recipe.batch_size)):
+            draws = transform.draw(
+                len(index), torch.Generator().manual_seed(key(self.seed, epoch, batch))
+            )
+            if self.recipe.alternate_flip:
+                # After Keller Jordan (2024, arXiv:2404.00498): two epochs show both sides of each.
+                transform.set_flips(draws, self.mirrored[index] ^ bool(epoch % 2))
+            draws = draws.to(self.device, non_blocking=True)
+            index = index.to(self.device, non_blocking=True)
+            yield transform.transform(self.images[index], draws), self.labels[index]
+
+
+class _PerSampleFeed(Feed):
+    """One picture at a time, in a DataLoader: the reference's way, and the one people change."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.sampler = _EpochSampler()
+        self.loader = DataLoader(
+            _KeyedDataset(*self.problem.train, self.transforms, self.recipe, self.seed),
+            batch_size=self.recipe.batch_size,
+            sampler=self.sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
+
+    def transform(self, policy: str, mean, std):
+        return augment.per_sample(policy, mean, std, self.recipe.build)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.sampler.items = [(epoch, i) for i in self.order(epoch).tolist()]
+        for images, labels in self.loader:
+            images = images.to(self.device, memory_format=torch.channels_last)
+            yield images, labels.to(self.device)
+
+
+class _EpochSampler(Sampler):
+    """Hands (epoch, index) to the dataset, so that a worker knows which epoch it draws for."""
+
+    def __init__(self):
+        self.items: list[tuple[int, int]] = []
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __len__(self):
+        return len(self.items)
+
+
+class _KeyedDataset(Dataset):
+    def __init__(self, images: Tensor, labels: Tensor, transforms: dict, recipe, seed: int):
+        self.images, self.labels = images, labels
+        self.transforms, self.recipe, self.seed = transforms, recipe, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, i = item
+        transform = self.transforms[self.recipe.policy_in(epoch)]
+        return transform(self.images[i].numpy(), key(self.seed, epoch, i)), self.labels[i]
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Pictures (N, 3, 32, 32) at another side, every pixel of the original having its say."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+def key(*parts: int) -> int:
+    """One 32-bit seed from (seed, epoch, ...): neighbours are as unlike as any two.
+
+    Zeros at the end don't count, so an epoch shares its seed with its first batch.
+    """
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

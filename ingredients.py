@@ -1,0 +1,146 @@
+"""What a recipe's words stand for: first filters, optimizer, schedule and loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+import augment
+import cifar10
+from recipes import Recipe
+
+__all__ = ["distance", "loss", "optimizers", "schedule", "whiten"]
+
+
+def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """One for all parameters, but that Muon leaves to SGD what isn't a matrix."""
+    mixing = _mixing(model) if recipe.optimizer == "muon" else []
+    taken = {id(weight) for weight in mixing}
+    by_decay: dict[float, list] = {}
+    for p in model.parameters():
+        if id(p) not in taken:
+            by_decay.setdefault(_decay(recipe, p), []).append(p)
+    groups = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one call for all parameters
+    if recipe.optimizer == "adamw":
+        return [torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)]
+    momentum = recipe.momentum
+    nesterov = momentum > 0  # torch refuses Nesterov without momentum
+    sgd = torch.optim.SGD(groups, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    if not mixing:
+        return [sgd]
+    # Muon's decay doesn't pass through its momentum: as much a step as SGD's comes to.
+    decay = recipe.weight_decay * recipe.lr / (1 - momentum) / recipe.muon_lr
+    return [sgd, _Muon(mixing, lr=recipe.muon_lr, momentum=momentum, weight_decay=decay)]
+
+
+def _mixing(model: nn.Module) -> list[Tensor]:
+    """Weights of the convolutions that mix channels, but for the first and the head's."""
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return [conv.weight for conv in convs[1:-1] if conv.groups == 1]
+
+
+class _Muon(torch.optim.Muon):
+    """Muon (Keller Jordan, 2024) for convolutions: a step's directions all get the same length.
+
+    torch's takes matrices only, so weights (out, in, kh, kw) are shown to it as (out, kh * kw * in)
+    of the same memory, which in channels_last lies so.
+    """
+
+    def __init__(self, weights: list[Tensor], **options):
+        self.weights = weights
+        super().__init__([nn.Parameter(_matrix(w.detach())) for w in weights], **options)
+
+    def step(self, closure=None):
+        for matrix, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
+            matrix.grad = _matrix(weight.grad.contiguous(memory_format=torch.channels_last))
+        return super().step(closure)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(out, in, kh, kw), channels_last -> (out, kh * kw * in), the same memory."""
+    return weight.permute(0, 2, 3, 1).view(len(weight), -1)
+
+
+def _decay(recipe: Recipe, parameter: Tensor) -> float:
+    if parameter.ndim == 1:  # BatchNorm's weights, and all biases
+        return recipe.weight_decay if recipe.decay_all else 0.0
+    depthwise = parameter.shape[1] == 1
+    return recipe.weight_decay * (recipe.decay_depthwise if depthwise else 1)
+
+
+def whiten(conv: nn.Conv2d, images: Tensor, stats: cifar10.Stats) -> None:
+    """Set a first convolution's filters to the principal patches of `images`, and their negatives.
+
+    Each is divided by its standard deviation, so that inside the pictures its responses have
+    nearly the variance 1 and are uncorrelated. The strongest come first, for as many filters as
+    there are; more than all patches and their negatives stay as they were. After
+    tysam-code/hlb-CIFAR10 (2022) and Keller Jordan's airbench (arXiv:2404.00498), whose first
+    layer stays so. This one goes on learning, and as BatchNorm follows it, the length of a filter
+    only decides how fast.
+
+    Args:
+        images: uint8 (N, H, W, 3); some hundreds are plenty.
+    """
+    pixels = augment.Batched("none", stats.mean, stats.std)(images)
+    patches = F.unfold(pixels, conv.kernel_size).transpose(1, 2).flatten(0, 1).double()
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    half = -(-conv.out_channels // 2)
+    scaled = (directions / (variances + 1e-3).sqrt()).T.flip(0)  # strongest first, one a row
+    filters = torch.cat((scaled[:half], -scaled[:half]))[: conv.out_channels]
+    with torch.no_grad():
+        conv.weight[: len(filters)] = filters.view(-1, *conv.weight.shape[1:]).float()
+
+
+def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+    """A torch scheduler: ReduceLROnPlateau steps once an epoch, the others once a batch."""
+    total = recipe.epochs * steps_per_epoch
+    rising = round(recipe.warmup * total)
+    peak = optimizer.defaults["lr"]
+    if recipe.schedule == "plateau":
+        return ReduceLROnPlateau(
+            optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
+        )
+    if recipe.schedule == "one_cycle":
+        return OneCycleLR(optimizer, peak, total, pct_start=recipe.warmup, cycle_momentum=False)
+    if recipe.schedule == "cosine":
+        falling = CosineAnnealingLR(optimizer, max(1, total - rising))
+        if not rising:
+            return falling
+        warmup = LinearLR(optimizer, start_factor=1e-2, total_iters=rising)
+        return SequentialLR(optimizer, [warmup, falling], milestones=[rising])
+    return ConstantLR(optimizer, factor=1)
+
+
+def loss(recipe: Recipe, log_p: Tensor, labels: Tensor, lesson: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of log-probabilities (N, classes), and what a teacher adds to it.
+
+    Label smoothing after Szegedy et al. (2016, arXiv:1512.00567). `lesson`: what a teacher says of
+    the same pictures, log-probabilities (N, classes).
+    """
+    smoothing, share = recipe.label_smoothing, recipe.teaching
+    nll = F.nll_loss(log_p, labels)
+    if smoothing:
+        nll = (1 - smoothing) * nll - smoothing * log_p.mean()
+    if lesson is None:
+        return nll
+    return (1 - share) * nll + share * distance(log_p, lesson, recipe.temperature)
+
+
+def distance(log_p: Tensor, lesson: Tensor, temperature: float) -> Tensor:
+    """Of a student's log-probabilities from a teacher's, both (N, classes), both softened.
+
+    Kullback-Leibler divergence times temperature², so that gradients keep their size (Hinton,
+    Vinyals and Dean, 2015, arXiv:1503.02531).
+    """
+    student, teacher = ((x / temperature).log_softmax(dim=1) for x in (log_p, lesson))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
