@@ -41,7 +41,7 @@ help: ## this list
 	@echo
 	@echo "  Settings, e.g. make run-notebook RECIPE=baseline SEED=1 DATASET=cifar10"
 	@echo "    NB        which notebooks: stats training analysis      (all three)"
-	@echo "    RECIPE    baseline or quick                             (quick)"
+	@echo "    RECIPE    quick, tuned, sprint or baseline              (quick)"
 	@echo "    PROTOCOL  val, full or test-selected                    (val)"
 	@echo "    DATASET   auto, cifar10 or shapes, the stand-in         (auto)"
 	@echo "    SEED      any whole number                              (0)"

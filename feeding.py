@@ -47,6 +47,14 @@ class Feed:
     def transform(self, policy: str, mean, std):
         raise NotImplementedError
 
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, counted from 1; the last one may be smaller.
+
+        Yields:
+            float32 (N, 3, 32, 32), normalised, and int64 (N,), both on the device.
+        """
+        raise NotImplementedError
+
     def __len__(self) -> int:
         return math.ceil(len(self.problem.train_index) / self.recipe.batch_size)
 

@@ -17,18 +17,27 @@ from torch.optim.lr_scheduler import (
 import augment
 import cifar10
 from recipes import Recipe
+from tiny_cifar10_net import DepthwiseConv
 
 __all__ = ["distance", "loss", "optimizers", "schedule", "whiten"]
 
 
 def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """One for all parameters, but that Muon leaves to SGD what isn't a matrix."""
+    """One for all parameters, or SGD and, for the convolutions inside that mix channels, Muon.
+
+    Muon's is less a rate than a length, so it has a rate of its own, `muon_lr`; both follow the
+    recipe's schedule.
+
+    Args:
+        model: on its device already; for Muon in channels_last, whose memory it shares.
+    """
     mixing = _mixing(model) if recipe.optimizer == "muon" else []
     taken = {id(weight) for weight in mixing}
+    depthwise = {id(m.weight) for m in model.modules() if isinstance(m, DepthwiseConv)}
     by_decay: dict[float, list] = {}
     for p in model.parameters():
         if id(p) not in taken:
-            by_decay.setdefault(_decay(recipe, p), []).append(p)
+            by_decay.setdefault(_decay(recipe, p, id(p) in depthwise), []).append(p)
     groups = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one call for all parameters
     if recipe.optimizer == "adamw":
@@ -38,7 +47,7 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
     sgd = torch.optim.SGD(groups, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=fused)
     if not mixing:
         return [sgd]
-    # Muon's decay doesn't pass through its momentum: as much a step as SGD's comes to.
+    # Muon's decay doesn't pass through its momentum: this much shrinks weights as SGD's would.
     decay = recipe.weight_decay * recipe.lr / (1 - momentum) / recipe.muon_lr
     return [sgd, _Muon(mixing, lr=recipe.muon_lr, momentum=momentum, weight_decay=decay)]
 
@@ -46,24 +55,27 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
 def _mixing(model: nn.Module) -> list[Tensor]:
     """Weights of the convolutions that mix channels, but for the first and the head's."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [conv.weight for conv in convs[1:-1] if conv.groups == 1]
+    return [conv.weight for conv in convs[1:-1] if not isinstance(conv, DepthwiseConv)]
 
 
 class _Muon(torch.optim.Muon):
-    """Muon (Keller Jordan, 2024) for convolutions: a step's directions all get the same length.
+    """Muon for convolutions: where momentum is U S Vᵀ, the step is about U Vᵀ.
 
-    torch's takes matrices only, so weights (out, in, kh, kw) are shown to it as (out, kh * kw * in)
-    of the same memory, which in channels_last lies so.
+    So a step goes equally far in all directions that the gradients name, rare ones included (Keller
+    Jordan, 2024, kellerjordan.github.io/posts/muon). torch's takes matrices only: weights
+    (out, in, kh, kw) are shown to it as (out, kh * kw * in) of the same memory, which in
+    channels_last lies so. Gradients stay the weights' own, for the model to clear.
     """
 
     def __init__(self, weights: list[Tensor], **options):
         self.weights = weights
-        super().__init__([nn.Parameter(_matrix(w.detach())) for w in weights], **options)
+        matrices = [nn.Parameter(_matrix(w.detach())) for w in weights]
+        super().__init__(matrices, nesterov=True, adjust_lr_fn="original", **options)
 
-    def step(self, closure=None):
+    def step(self):
         for matrix, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
             matrix.grad = _matrix(weight.grad.contiguous(memory_format=torch.channels_last))
-        return super().step(closure)
+        super().step()
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -71,10 +83,9 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
 
-def _decay(recipe: Recipe, parameter: Tensor) -> float:
+def _decay(recipe: Recipe, parameter: Tensor, depthwise: bool) -> float:
     if parameter.ndim == 1:  # BatchNorm's weights, and all biases
         return recipe.weight_decay if recipe.decay_all else 0.0
-    depthwise = parameter.shape[1] == 1
     return recipe.weight_decay * (recipe.decay_depthwise if depthwise else 1)
 
 
@@ -106,12 +117,13 @@ def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: 
     total = recipe.epochs * steps_per_epoch
     rising = round(recipe.warmup * total)
     peak = optimizer.defaults["lr"]
+    share = float(recipe.warmup) if rising > 1 else 0.0  # OneCycleLR can't rise in one step
     if recipe.schedule == "plateau":
         return ReduceLROnPlateau(
             optimizer, factor=recipe.plateau_factor, patience=recipe.plateau_patience
         )
     if recipe.schedule == "one_cycle":
-        return OneCycleLR(optimizer, peak, total, pct_start=recipe.warmup, cycle_momentum=False)
+        return OneCycleLR(optimizer, peak, total, pct_start=share, cycle_momentum=False)
     if recipe.schedule == "cosine":
         falling = CosineAnnealingLR(optimizer, max(1, total - rising))
         if not rising:

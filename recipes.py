@@ -31,7 +31,7 @@ class Recipe:
     lr: float = 0.045  # the highest the schedule reaches
     muon_lr: float = 0.02  # the same for what muon trains
     momentum: float = 0.9  # sgd and muon
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-4  # as SGD takes it; muon's weights shrink as fast by theirs
     decay_all: bool = True  # False: no decay on BatchNorm and biases
     decay_depthwise: float = 1.0  # share of weight_decay on depthwise filters
     whiten: bool = False  # first convolution starts as the pictures' principal patches
@@ -41,7 +41,7 @@ class Recipe:
     plateau_factor: float = 0.1
     plateau_patience: int = 2  # epochs without a better selection loss before lr drops
     stop_patience: int | None = 6  # epochs without one before training stops; None: never
-    min_delta: float = 1e-4  # what counts as better, in early stopping
+    min_delta: float = 1e-4  # what counts as better: for stopping, and for the epoch kept
 
     label_smoothing: float = 0.0
     ema: float | None = None  # decay of the weights' moving average, per step; None: no average
@@ -157,8 +157,8 @@ RECIPES = {
     for recipe in (
         # The published reference's, number for number.
         Recipe("baseline"),
-        # The most in about ten minutes on two CPU cores: one cycle, small pictures first, batches
-        # that the caches hold, and only as much augmentation as so few epochs can use.
+        # The most in some six minutes on two CPU cores: Muon, one cycle, small pictures first,
+        # batches that the caches hold, and only as much augmentation as so few epochs can use.
         Recipe(
             "quick",
             epochs=8,
@@ -172,7 +172,8 @@ RECIPES = {
             start_side=16,
             grow=0.75,
         ),
-        # The reference's 50 epochs put to better use. What each choice gains: results/STUDY.md.
+        # The reference's 50 epochs put to better use; what was measured on the way there stands in
+        # results/STUDY.md.
         Recipe(
             "tuned",
             epochs=50,

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
+DERIVED = ("analysis.ipynb", "analysis.html", "curves.png")  # what others make of these later
 
 
 class RunError(RuntimeError):
@@ -38,7 +39,8 @@ def claim(run_dir: Path, config: dict, identity: dict, defaults: dict, force: bo
     """The run directory, ready to train in, and nobody else's while we do.
 
     A run that is finished, or another than `identity` says, is refused, or with `force` removed.
-    For `identity` and `defaults` see `refuse_another_run`; `config` becomes config.json.
+    For `identity` and `defaults` see `refuse_another_run`; `config` becomes config.json, unless
+    there is one, of a run that goes on. Yields what config.json holds.
     """
     _make_folder(run_dir)
     with _locked(run_dir):
@@ -48,11 +50,11 @@ def claim(run_dir: Path, config: dict, identity: dict, defaults: dict, force: bo
         except RunError:
             if not force:
                 raise
-            for name in FILES:
+            for name in (*FILES, *DERIVED):
                 (run_dir / name).unlink(missing_ok=True)
         if not (run_dir / "config.json").is_file():
             write_json(run_dir / "config.json", config)
-        yield
+        yield json.loads((run_dir / "config.json").read_text())
 
 
 def refuse_finished(run_dir: Path) -> None:

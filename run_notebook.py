@@ -239,7 +239,10 @@ def _checked_run_folder(settings: dict, extra: dict) -> Path:
     import training
 
     changes = {k: v for k, v in extra.items() if k in recipes.Recipe.__dataclass_fields__}
-    recipe = recipes.get_recipe(settings["recipe"], **changes)
+    others = extra.get("changes", {})
+    if not isinstance(others, dict):
+        raise ValueError(f"changes must be a mapping of a recipe's fields; got {others!r}")
+    recipe = recipes.get_recipe(settings["recipe"], **(changes | others))
     training.check_settings(recipe, settings["protocol"], settings["seed"])
     return training.run_folder(recipe, settings["protocol"], settings["seed"])
 

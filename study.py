@@ -5,7 +5,7 @@
     always: {epochs: 12}         # changes of the base that all variations share
     seeds: [0, 1, 2]             # [0], unless said
     variations:                  # name: changes
-      one cycle: {schedule: one_cycle, lr: 0.2}
+      one cycle: {schedule: one_cycle, lr: 0.2, stop_patience: null}
       no dilation: {dilated: false}
 
 To add a variation is to add a line. Each becomes an ordinary recipe, called by its name, and each

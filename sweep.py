@@ -81,6 +81,7 @@ def train_many(
     failed = {}
     if waiting:
         context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
+        others = set(multiprocessing.active_children())  # the caller's own
         with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
             work = partial(_train, protocol=protocol, dataset=dataset, device=device)
             futures = {pool.submit(work, *task): task[2] for task in waiting}
@@ -89,7 +90,7 @@ def train_many(
                     _report(futures[future], future.exception(), failed, progress)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
+                for process in set(multiprocessing.active_children()) - others:
                     process.terminate()  # safe at any moment, as run directories are
                 raise
     if failed:
@@ -152,7 +153,7 @@ def _report(run_dir: Path, error: BaseException | None, failed: dict, progress: 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", help=f"of {', '.join(RECIPES)}")
-    parser.add_argument("--study", help="a file that names recipes, seeds and protocol: study.py")
+    parser.add_argument("--study", help="a file that names recipes and seeds, see study.py")
     parser.add_argument("--seeds", nargs="+", type=int, help="0")
     parser.add_argument("--protocol", help="val, full or test-selected (val)")
     parser.add_argument("--dataset", default="auto", help="auto, cifar10 or shapes (auto)")

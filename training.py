@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -131,7 +132,8 @@ def train(
     teacher = _teacher(recipe, protocol, data)
     config = _config(recipe, seed, protocol, data, problem, device)
     who = identity(recipe, seed, protocol, data)
-    with claim(run_dir, config, who, DEFAULTS, force), _repeatable():
+    with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable():
+        _warn_if_elsewhere(begun, config)
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
         try:
             run.fit()
@@ -328,9 +330,14 @@ class _Run:
         if not math.isfinite(value):
             raise RunError(
                 f"{what} is {value}: training stopped there, and {self.run_dir} is intact up to "
-                f"its last finished epoch; try another name with a lower lr "
-                f"(this recipe's is {self.recipe.lr})"
+                f"its last finished epoch; try another name with a lower lr ({self._rates})"
             )
+
+    @property
+    def _rates(self) -> str:
+        """The highest rates of this recipe, in words."""
+        also = f", muon_lr {self.recipe.muon_lr}" if self.recipe.optimizer == "muon" else ""
+        return f"this recipe's is {self.recipe.lr}{also}"
 
     def _save(self) -> None:
         """last.pt first: the one file a resumed run believes. The others follow from it."""
@@ -353,7 +360,7 @@ class _Run:
         if "optimizers" not in state:
             raise RunError(
                 f"{self.run_dir} was begun by an earlier version of this code: finish it with "
-                "that, give another name, or replace it with force=1"
+                "that one, give another name, or remove the folder"
             )
         self.history = state["history"]
         self.model.load_state_dict(state["model"])
@@ -542,6 +549,21 @@ def _config(recipe, seed, protocol, data, problem, device) -> dict:
         "git_commit": _git_commit(),
         "command": _command(recipe, seed, protocol, data),
     }
+
+
+def _warn_if_elsewhere(begun: dict, now: dict) -> None:
+    """A run that goes on under other conditions is still good, but can't be repeated exactly."""
+    changed = [
+        f"{name} was {begun.get(name)} and is {now[name]}"
+        for name in ("threads", "torch", "device")
+        if begun.get(name) != now[name]
+    ]
+    if changed:
+        warnings.warn(
+            f"this run was begun under other conditions ({'; '.join(changed)}): it goes on, and "
+            "ends with a few other digits than it would have",
+            stacklevel=3,
+        )
 
 
 def _torch_bytes(state) -> bytes:

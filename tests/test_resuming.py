@@ -173,6 +173,31 @@ def test_nan_stops_at_that_step_with_the_checkpoint_intact(tiny, whole, tmp_path
     assert_same_outcome(whole, tmp_path / "run")
 
 
+def test_going_on_under_other_conditions_is_said(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"threads": 99}))
+    with pytest.warns(UserWarning, match="threads was 99 and is"):
+        train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_left_alone(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state["optimizer"] = state.pop("optimizers")[0]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    before = contents(tmp_path / "run")
+    with pytest.raises(RunError, match="begun by an earlier version"):
+        train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    assert contents(tmp_path / "run") == before
+
+
 def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path):
     before = contents(whole)
     with pytest.raises(RunError, match=r"finished, and kept: .*FORCE=1.*another name"):
@@ -180,8 +205,10 @@ def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path):
     assert contents(whole) == before
     other = get_recipe(SMALL, epochs=1)
     train(SIX_EPOCHS, tmp_path / "r", dataset=tiny, progress=False)
+    (tmp_path / "r" / "analysis.ipynb").write_text("of the old weights")
     metrics = train(other, tmp_path / "r", dataset=tiny, force=True, progress=False)
     assert metrics["epochs_run"] == 1
+    assert not (tmp_path / "r" / "analysis.ipynb").exists()
     assert json.loads((tmp_path / "r" / "config.json").read_text())["recipe"]["epochs"] == 1
 
 

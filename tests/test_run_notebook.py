@@ -84,6 +84,8 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--seed", "one"], "error: seed must be a whole number from 0"),
         (["--force", "no"], "error: FORCE must be 0 or 1, not 'no'"),
         (["-p", "protocol", "test"], "error: unknown protocol 'test'"),
+        (["-p", "changes", "{'optimiser': 'sgd'}"], "error: unknown recipe field 'optimiser'"),
+        (["-p", "changes", "muon"], "error: changes must be a mapping .* got 'muon'"),
     ],
 )
 def test_what_training_would_refuse_is_refused_at_once(tmp_path, settings, says):
@@ -96,6 +98,9 @@ def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder():
     settings = {"recipe": "quick", "protocol": "val", "seed": 1, "run_dir": ""}
     folder = run_notebook._run_dir(["training"], dict(settings), {"epochs": 9, "limit": 200})
     assert folder.name == "quick-epochs=9-val-seed1"
+    changes = {"epochs": None, "changes": {"optimizer": "adamw", "epochs": 9}}
+    folder = run_notebook._run_dir(["training"], dict(settings), changes)
+    assert folder.name == "quick-epochs=9,optimizer=adamw-val-seed1"
     with pytest.raises(ValueError, match="epochs must be a whole number from 1"):
         run_notebook._run_dir(["training"], dict(settings), {"epochs": 0})
     assert run_notebook._run_dir(["tuning_CNN_CIFAR10"], settings, {}).name == "tour"

@@ -215,6 +215,38 @@ def lr_curve(recipe, steps_per_epoch):
     return curve
 
 
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 8), (0.2, 5), (0.25, 4), (0.5, 1)])
+def test_a_rise_of_no_or_one_step_is_no_trouble(schedule, warmup, steps):
+    curve = lr_curve(get_recipe("quick", epochs=1, schedule=schedule, warmup=warmup), steps)
+    assert all(0 < lr <= 0.06 for lr in curve)
+
+
+def test_muon_has_its_own_rate_and_the_same_schedule():
+    net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
+    recipe = get_recipe("quick", epochs=1, optimizer="muon", lr=0.1, muon_lr=0.03)
+    both = ingredients.optimizers(recipe, net)
+    schedules = [ingredients.schedule(recipe, one, 12) for one in both]
+    highest = 0
+    for _ in range(12):
+        sgd, muon = (one.param_groups[0]["lr"] for one in both)
+        assert muon == pytest.approx(0.3 * sgd)
+        highest = max(highest, muon)
+        for schedule in schedules:
+            schedule.optimizer._opt_called = True  # as if a step had been taken
+            schedule.step()
+    assert highest == pytest.approx(0.03)
+
+
+def test_a_network_of_one_channel_keeps_its_depthwise_filters_apart():
+    net = NetCIFAR10_Tiny(width=0.05).to(memory_format=torch.channels_last)
+    recipe = get_recipe("quick", optimizer="muon", width=0.05, decay_depthwise=0.0)
+    sgd, muon = ingredients.optimizers(recipe, net)
+    assert len(muon.param_groups[0]["params"]) == 10  # c1's second convolution, nine pointwise
+    decay = {id(p): g["weight_decay"] for g in sgd.param_groups for p in g["params"]}
+    assert decay[id(net.c2[0].dw.weight)] == 0 and decay[id(net.c1[0][0].weight)] > 0
+
+
 def test_decay_of_depthwise_filters_is_their_own():
     net = NetCIFAR10_Tiny()
     recipe = get_recipe("baseline", decay_all=False, decay_depthwise=0.25)
@@ -245,6 +277,12 @@ def test_muon_moves_what_mixes_channels_equally_far_in_all_directions():
         strengths = torch.linalg.svdvals(step) / length
         assert strengths[: len(strengths) // 2].min() > 0.5 and strengths.max() < 1.5
         assert torch.sum(step * net.get_parameter(name).grad.flatten(1)) > 0  # downhill
+    decay = 0.045 * 5e-4 / (1 - 0.9)  # of SGD, through its momentum: a share of the weight a step
+    sgd, muon = ingredients.optimizers(get_recipe(recipe, weight_decay=5e-4), net)
+    net.zero_grad(set_to_none=False)
+    before = net.c2[0].pw.weight.detach().clone()
+    muon.step()
+    torch.testing.assert_close(net.c2[0].pw.weight.detach(), before * (1 - decay))
     left_to_sgd = {id(p) for g in sgd.param_groups for p in g["params"]}
     assert left_to_sgd == {id(p) for name, p in net.named_parameters() if name not in mixing}
 
