@@ -8,7 +8,7 @@ from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
 dependencies = ["torch", "numpy", "PIL"]
 
 
-def net_cifar10_tiny(pretrained: bool = False, run: str = "baseline", **options) -> NetCIFAR10_Tiny:
+def net_cifar10_tiny(pretrained: bool = False, run: str = "tuned", **options) -> NetCIFAR10_Tiny:
     """`NetCIFAR10_Tiny`, new or with the weights of a published run.
 
     Args:

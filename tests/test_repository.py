@@ -100,9 +100,11 @@ def test_a_table_goes_between_its_marks_and_needs_them():
 
 def test_the_readmes_first_paragraphs_quote_the_runs():
     first_screen = (ROOT / "README.md").read_text().split("<!-- results -->")[0]
-    for run in ("baseline-test-selected", "baseline-val", "quick"):
-        metrics = json.loads((publish.RESULTS / run / "metrics.json").read_text())
-        assert f"{metrics['test_acc']:.2f} %" in first_screen
+    for recipe in ("baseline-test-selected", "baseline-val", "quick", "tuned"):
+        runs = [publish.RESULTS / recipe, *publish.RESULTS.glob(f"{recipe}-seed*")]
+        files = [run / "metrics.json" for run in runs if (run / "metrics.json").is_file()]
+        reached = [json.loads(file.read_text())["test_acc"] for file in files]
+        assert f"{sum(reached) / len(reached):.2f} %" in first_screen, recipe
 
 
 def test_verification_finds_the_run_that_claims_too_much(monkeypatch, capsys):
