@@ -191,7 +191,7 @@ RECIPES = {
             start_side=24,
             grow=0.5,
         ),
-        # To the published reference's accuracy in the fewest epochs.
+        # As far as twelve epochs go.
         Recipe(
             "sprint",
             epochs=12,
