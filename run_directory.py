@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
-DERIVED = ("analysis.ipynb", "analysis.html", "curves.png")  # what others make of these later
 
 
 class RunError(RuntimeError):
@@ -50,7 +49,7 @@ def claim(run_dir: Path, config: dict, identity: dict, defaults: dict, force: bo
         except RunError:
             if not force:
                 raise
-            for name in (*FILES, *DERIVED):
+            for name in FILES:
                 (run_dir / name).unlink(missing_ok=True)
         if not (run_dir / "config.json").is_file():
             write_json(run_dir / "config.json", config)
