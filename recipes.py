@@ -152,63 +152,31 @@ def check_choice(name, value, valid):
         raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
 
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        # The published reference's, number for number.
-        Recipe("baseline"),
-        # The most in some six minutes on two CPU cores: Muon, one cycle, small pictures first,
-        # batches that the caches hold, and only as much augmentation as so few epochs can use.
-        Recipe(
-            "quick",
-            epochs=8,
-            batch_size=32,
-            optimizer="muon",
-            lr=0.06,
-            muon_lr=0.04,
-            decay_all=False,
-            schedule="one_cycle",
-            warmup=0.25,
-            stop_patience=None,
-            policy="light",
-            start_side=16,
-            grow=0.75,
-        ),
-        # The reference's 50 epochs put to better use; what was measured on the way there stands in
-        # results/STUDY.md.
-        Recipe(
-            "tuned",
-            epochs=50,
-            batch_size=32,
-            optimizer="muon",
-            lr=0.06,
-            muon_lr=0.04,
-            decay_all=False,
-            schedule="one_cycle",
-            warmup=0.2,
-            stop_patience=None,
-            policy="light",
-            start_side=24,
-            grow=0.5,
-        ),
-        # As far as twelve epochs go.
-        Recipe(
-            "sprint",
-            epochs=12,
-            batch_size=32,
-            optimizer="muon",
-            lr=0.06,
-            muon_lr=0.04,
-            decay_all=False,
-            schedule="one_cycle",
-            warmup=0.2,
-            stop_patience=None,
-            policy="light",
-            alternate_flip=True,
-            whiten=True,
-        ),
-    )
-}
+# The published reference's, number for number.
+_BASELINE = Recipe("baseline")
+# The reference's 50 epochs put to better use: Muon, one cycle, batches that the caches hold, only
+# light augmentation. What was measured on the way: results/STUDY.md.
+_TUNED = Recipe(
+    "tuned",
+    epochs=50,
+    batch_size=32,
+    optimizer="muon",
+    lr=0.06,
+    muon_lr=0.04,
+    decay_all=False,
+    schedule="one_cycle",
+    warmup=0.2,
+    stop_patience=None,
+    policy="light",
+    start_side=24,
+    grow=0.5,
+)
+# The most in some six minutes on two CPU cores.
+_QUICK = replace(_TUNED, name="quick", epochs=8, warmup=0.25, start_side=16, grow=0.75)
+# As far as twelve epochs go.
+_SPRINT = replace(_TUNED, name="sprint", epochs=12, start_side=32, alternate_flip=True, whiten=True)
+
+RECIPES = {recipe.name: recipe for recipe in (_BASELINE, _QUICK, _TUNED, _SPRINT)}
 
 
 # What a recipe says where it isn't told, and what one meant before a field was there.
