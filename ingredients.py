@@ -19,11 +19,13 @@ import cifar10
 from recipes import Recipe
 from tiny_cifar10_net import DepthwiseConv
 
-__all__ = ["distance", "loss", "optimizers", "schedule", "whiten"]
+__all__ = ["dirac", "distance", "loss", "optimizers", "schedule", "whiten"]
+
+ADAM_BETAS = (0.9, 0.99)  # squared gradients of a hundred steps, as all change within an epoch
 
 
 def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """One for all parameters, or SGD and, for the convolutions inside that mix channels, Muon.
+    """One for all parameters, or one and, for the convolutions inside that mix channels, Muon.
 
     Muon's is less a rate than a length, so it has a rate of its own, `muon_lr`; both follow the
     recipe's schedule.
@@ -31,7 +33,7 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
     Args:
         model: on its device already; for Muon in channels_last, whose memory it shares.
     """
-    mixing = _mixing(model) if recipe.optimizer == "muon" else []
+    mixing = _mixing(model) if recipe.optimizer.startswith("muon") else []
     taken = {id(weight) for weight in mixing}
     depthwise = {id(m.weight) for m in model.modules() if isinstance(m, DepthwiseConv)}
     by_decay: dict[float, list] = {}
@@ -40,16 +42,18 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
             by_decay.setdefault(_decay(recipe, p, id(p) in depthwise), []).append(p)
     groups = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one call for all parameters
-    if recipe.optimizer == "adamw":
-        return [torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)]
-    momentum = recipe.momentum
-    nesterov = momentum > 0  # torch refuses Nesterov without momentum
-    sgd = torch.optim.SGD(groups, lr=recipe.lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    lr, momentum = recipe.lr, recipe.momentum
+    if recipe.optimizer.endswith("adamw"):
+        rest = torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, fused=fused)
+        shrinking = lr * recipe.weight_decay
+    else:
+        nesterov = momentum > 0  # torch refuses Nesterov without momentum
+        rest = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+        shrinking = lr * recipe.weight_decay / (1 - momentum)  # SGD's passes through its momentum
     if not mixing:
-        return [sgd]
-    # Muon's decay doesn't pass through its momentum: this much shrinks weights as SGD's would.
-    decay = recipe.weight_decay * recipe.lr / (1 - momentum) / recipe.muon_lr
-    return [sgd, _Muon(mixing, lr=recipe.muon_lr, momentum=momentum, weight_decay=decay)]
+        return [rest]
+    decay = shrinking / recipe.muon_lr  # so that all weights shrink equally fast
+    return [rest, _Muon(mixing, lr=recipe.muon_lr, momentum=momentum, weight_decay=decay)]
 
 
 def _mixing(model: nn.Module) -> list[Tensor]:
@@ -87,6 +91,19 @@ def _decay(recipe: Recipe, parameter: Tensor, depthwise: bool) -> float:
     if parameter.ndim == 1:  # BatchNorm's weights, and all biases
         return recipe.weight_decay if recipe.decay_all else 0.0
     return recipe.weight_decay * (recipe.decay_depthwise if depthwise else 1)
+
+
+def dirac(model: nn.Module) -> None:
+    """Have each depthwise filter start as chance plus the identity, so that it passes its input on.
+
+    A chain of random filters blurs and mixes up what it is shown, and this network has no
+    shortcuts around them. After Keller Jordan's airbench (arXiv:2404.00498), which does so with
+    standard convolutions; see also Xiao et al. (2018, arXiv:1806.05393).
+    """
+    for module in model.modules():
+        if isinstance(module, DepthwiseConv):
+            with torch.no_grad():
+                module.weight[:, :, 1, 1] += 1
 
 
 def whiten(conv: nn.Conv2d, images: Tensor, stats: cifar10.Stats) -> None:

@@ -27,13 +27,14 @@ class Recipe:
     epochs: int = 50
     batch_size: int = 128
 
-    optimizer: str = "sgd"  # sgd (Nesterov), adamw, or muon where channels mix and sgd elsewhere
+    optimizer: str = "sgd"  # sgd (Nesterov), adamw; muon, muon_adamw: Muon where channels mix
     lr: float = 0.045  # the highest the schedule reaches
     muon_lr: float = 0.02  # the same for what muon trains
     momentum: float = 0.9  # sgd and muon
-    weight_decay: float = 5e-4  # as SGD takes it; muon's weights shrink as fast by theirs
+    weight_decay: float = 5e-4  # as sgd or adamw takes it; muon's weights shrink as fast as theirs
     decay_all: bool = True  # False: no decay on BatchNorm and biases
     decay_depthwise: float = 1.0  # share of weight_decay on depthwise filters
+    dirac: bool = False  # depthwise filters start as chance plus the identity
     whiten: bool = False  # first convolution starts as the pictures' principal patches
 
     schedule: str = "plateau"  # plateau, one_cycle, cosine or constant
@@ -70,10 +71,10 @@ class Recipe:
         for name, (kind, low, high) in _OPTIONAL_RANGES.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), kind, low, high, " or None")
-        for name in ("decay_all", "whiten", "alternate_flip", "dilated", "separable"):
+        for name in ("decay_all", "dirac", "whiten", "alternate_flip", "dilated", "separable"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        check_choice("optimizer", self.optimizer, ("sgd", "adamw", "muon"))
+        check_choice("optimizer", self.optimizer, ("sgd", "adamw", "muon", "muon_adamw"))
         check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
         check_choice("build", self.build, augment.BUILDS)
         augment.get_policy(self.policy)

@@ -219,6 +219,8 @@ class _Run:
         self.seed, self.run_dir, self.progress = seed, run_dir, progress
         torch.manual_seed(key(seed))
         model = NetCIFAR10_Tiny(len(problem.data.classes), **recipe.model_options)
+        if recipe.dirac:
+            ingredients.dirac(model)
         if recipe.whiten:
             some = problem.train_index[:: max(1, len(problem.train_index) // 500)]
             ingredients.whiten(model.c1[0][0], problem.train[0][some], problem.stats)
@@ -336,7 +338,7 @@ class _Run:
     @property
     def _rates(self) -> str:
         """The highest rates of this recipe, in words."""
-        also = f", muon_lr {self.recipe.muon_lr}" if self.recipe.optimizer == "muon" else ""
+        also = f", muon_lr {self.recipe.muon_lr}" if len(self.optimizers) > 1 else ""
         return f"this recipe's is {self.recipe.lr}{also}"
 
     def _save(self) -> None:

@@ -106,7 +106,7 @@ def test_ctrl_c_keeps_the_finished_epochs(tiny, whole, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "cosine", "constant"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon", "muon_adamw"])
 def test_every_schedule_and_optimizer_resumes(tiny, tmp_path, monkeypatch, schedule, optimizer):
     recipe = get_recipe(
         SMALL, epochs=2, lr=0.01, schedule=schedule, optimizer=optimizer, name="variant"

@@ -287,6 +287,32 @@ def test_muon_moves_what_mixes_channels_equally_far_in_all_directions():
     assert left_to_sgd == {id(p) for name, p in net.named_parameters() if name not in mixing}
 
 
+def test_adamw_beside_muon_takes_the_rest_and_all_weights_shrink_equally_fast():
+    net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
+    recipe = get_recipe("baseline", optimizer="muon_adamw", lr=0.01, weight_decay=0.1)
+    adamw, muon = ingredients.optimizers(recipe, net)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert len(muon.param_groups[0]["params"]) == 10  # c1's second convolution, nine pointwise
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    adamw.step()
+    muon.step()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * 0.1), msg=name)
+
+
+def test_dirac_adds_the_identity_to_depthwise_filters_alone():
+    plain, passing = NetCIFAR10_Tiny(), NetCIFAR10_Tiny()
+    passing.load_state_dict(plain.state_dict())
+    ingredients.dirac(passing)
+    for (name, before), after in zip(plain.named_parameters(), passing.parameters(), strict=True):
+        identity = torch.zeros_like(before)
+        if ".dw." in name:
+            torch.nn.init.dirac_(identity, groups=len(identity))
+        torch.testing.assert_close(after, before + identity, msg=name)
+
+
 def test_whitened_filters_answer_with_variance_one_and_uncorrelated(tiny):
     stats = cifar10.channel_stats(tiny.train_images)
     conv = torch.nn.Conv2d(3, 16, 3, bias=False)
