@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 BATCH = 128
-SMALL = 32  # as the recipes `quick` and `tuned`
 POLICY = "reference"
 
 
@@ -70,7 +69,7 @@ class Pictures(Dataset):
         return self.transform(image=self.images[i])["image"], self.labels[i]
 
 
-def ours(batch_size=BATCH, compiled=True, threads=None):
+def ours(compiled=True, threads=None):
     """The engine of training.py, a step each time `next` is called; yields a step's parts."""
     import cifar10
     import recipes
@@ -79,7 +78,7 @@ def ours(batch_size=BATCH, compiled=True, threads=None):
     if threads:
         torch.set_num_threads(threads)
     device = training.pick_device()
-    recipe = recipes.get_recipe("baseline", batch_size=batch_size, policy=POLICY, name="bench")
+    recipe = recipes.get_recipe("baseline", batch_size=BATCH, policy=POLICY, name="bench")
     problem = training._Problem(cifar10.load(), "full")
     with tempfile.TemporaryDirectory() as folder, training._repeatable():
         run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, compiled)
@@ -94,7 +93,7 @@ def steps(run, batches):
     """Whole batches through the parts of `_Run._step`, with a clock between them."""
     clock = Clock(run.device)
     for images, labels in batches:
-        if len(labels) < run.recipe.batch_size:
+        if len(labels) < BATCH:
             break
         clock.lap("data and augmentation")
         output = run.network(images)
@@ -133,8 +132,6 @@ CONTESTANTS = {
     "ours": ours,
     "ours-eager": lambda: ours(compiled=False),
     "ours-one-thread": lambda: ours(threads=1),
-    "ours-small": lambda: ours(SMALL),
-    "ours-small-one-thread": lambda: ours(SMALL, threads=1),
 }
 
 

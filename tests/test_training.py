@@ -337,10 +337,13 @@ def test_more_filters_than_patches_keep_their_start(tiny):
     assert changed.tolist() == 54 * [True] + 10 * [False]
 
 
-def test_a_whitened_run_starts_from_the_training_pictures(tiny, tmp_path):
-    frozen = get_recipe(SMALL, epochs=1, lr=1e-8, weight_decay=0.0, whiten=True)
+def test_a_run_starts_whitened_and_passing_on_where_its_recipe_says_so(tiny, tmp_path):
+    frozen = get_recipe(SMALL, epochs=1, lr=1e-8, weight_decay=0.0, whiten=True, dirac=True)
     train(frozen, tmp_path / "r", dataset=tiny, progress=False)
-    first = torch.load(tmp_path / "r" / "best.pt", weights_only=True)["c1.0.0.weight"]
+    weights = torch.load(tmp_path / "r" / "best.pt", weights_only=True)
+    middles = weights["c2.0.dw.weight"][:, :, 1, 1]  # by chance from -1/3 to 1/3
+    assert middles.min() > 0.6 and middles.max() < 1.4
+    first = weights["c1.0.0.weight"]
     expected = torch.nn.Conv2d(3, 16, 3, bias=False)
     index = training.train_index(tiny, "val")
     pictures = torch.from_numpy(tiny.train_images[index])
