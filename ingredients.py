@@ -21,14 +21,14 @@ from tiny_cifar10_net import DepthwiseConv
 
 __all__ = ["dirac", "distance", "loss", "optimizers", "schedule", "whiten"]
 
-ADAM_BETAS = (0.9, 0.99)  # squared gradients of a hundred steps, as all change within an epoch
+ADAM_BETAS = (0.9, 0.99)
 
 
 def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
     """One for all parameters, or one and, for the convolutions inside that mix channels, Muon.
 
     Muon's is less a rate than a length, so it has a rate of its own, `muon_lr`; both follow the
-    recipe's schedule.
+    recipe's schedule. AdamW averages squared gradients over some hundred steps, not torch's thousand.
 
     Args:
         model: on its device already; for Muon in channels_last, whose memory it shares.
