@@ -28,7 +28,7 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
     """One for all parameters, or one and, for the convolutions inside that mix channels, Muon.
 
     Muon's is less a rate than a length, so it has a rate of its own, `muon_lr`; both follow the
-    recipe's schedule. AdamW averages squared gradients over some hundred steps, not torch's thousand.
+    recipe's schedule. AdamW averages squared gradients over a hundred steps, not torch's thousand.
 
     Args:
         model: on its device already; for Muon in channels_last, whose memory it shares.
