@@ -15,7 +15,7 @@ import cifar10
 import ingredients
 import run_directory
 import training
-from engine import CompiledNetwork
+from engine import CompiledNetwork, merged
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
 from run_directory import RunError
@@ -528,6 +528,42 @@ def test_compiled_gradients_are_as_exact_as_plain_ones(tiny):
     exact = gradient(nets[2].double(), nets[2], images.double())
     assert (ours - exact).norm() < 2 * (plain - exact).norm()
     assert (ours - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"separable": False}])
+def test_merged_steps_are_torchs_batchnorm_and_relu(options):
+    """Outputs, gradients and running statistics, against torch's own in double precision."""
+    torch.manual_seed(0)
+    model = NetCIFAR10_Tiny(**options).double()
+    with torch.no_grad():  # far from where a network starts, means far from 0 among them
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if "bn" in name or ".1." in name:
+                tensor += torch.rand(tensor.shape).to(tensor.dtype)
+    expected = copy.deepcopy(model)
+    before = list(map(id, model.state_dict(keep_vars=True).values()))
+    twin = merged(model)
+    assert list(map(id, twin.parameters())) == list(map(id, model.parameters()))
+    assert not any(isinstance(m, torch.nn.ReLU) for m in twin.modules())
+    images = 3 + torch.randn(8, 3, 24, 24).double()
+    for network in (twin, expected.train()):
+        for _ in range(2):
+            network(images).square().sum().backward()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = expected.state_dict(keep_vars=True)[name]
+        torch.testing.assert_close(tensor, wanted)
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, wanted.grad)
+    assert list(map(id, model.state_dict(keep_vars=True).values())) == before
+    torch.testing.assert_close(model.eval()(images), expected.eval()(images))
+
+
+def test_merged_steps_keep_digits_where_the_mean_is_large():
+    norm = torch.nn.BatchNorm2d(4)
+    x = 1000 + torch.randn(16, 4, 8, 8)
+    norm.running_mean += 990
+    exact = copy.deepcopy(norm).double()(x.double()).relu()
+    twin = merged(torch.nn.Sequential(norm, torch.nn.ReLU()))
+    assert (twin(x) - exact).abs().max() < 1e-3
 
 
 def test_without_a_compiler_training_goes_on(tiny, tmp_path, monkeypatch):
