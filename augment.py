@@ -158,18 +158,6 @@ POLICIES = {
     "reference": Policy(
         flip=0.5, shift=0.0625, scale=0.10, rotate=10.0, affine_p=0.7, hole=16, hole_p=0.5
     ),
-    # About what albumentations 2 makes of it when told in the words of albumentations 1: it warns
-    # only, and cuts one or two black holes of 3 to 6 pixels.
-    "small_hole": Policy(
-        flip=0.5,
-        shift=0.0625,
-        scale=0.10,
-        rotate=10.0,
-        affine_p=0.7,
-        hole=5,
-        hole_p=0.5,
-        fill=(0, 0, 0),
-    ),
 }
 
 

@@ -4,7 +4,8 @@
     python publish.py --verify    # evaluate all published weights anew: `make verify-results`
 
 Writes results/README.md, the tables in README.md and results/STUDY.md between their marks, and
-figures: accuracy.png beside published networks, curves.png in each run, study.png in each study.
+figures: accuracy.png beside published networks, reference.png beside the published run, curves.png
+in each run, study.png in each study.
 No number among them is ever typed by hand; a test fails when they are stale.
 """
 
@@ -56,6 +57,7 @@ def rebuild(runs: list[analysis.Run]) -> None:
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text(), runs))
     analysis.plot_accuracy_vs_params(runs).savefig(RESULTS / "accuracy.png", dpi=110)
+    analysis.plot_history(_baselines(runs)).savefig(RESULTS / "reference.png", dpi=110)
     for run in runs:
         analysis.plot_history(run).savefig(run.folder / "curves.png", dpi=110)
         print(f"results/{run.name}: {run.title}")
@@ -153,7 +155,9 @@ def _between_marks(page: str, name: str, table: str) -> str:
 
 
 def _baselines(runs: list[analysis.Run]) -> list[analysis.Run]:
-    return [run for run in runs if run.config["recipe"]["name"] == "baseline"]
+    """The reference's own run, and ours of its recipe."""
+    ours = [run for run in runs if run.config["recipe"]["name"] == "baseline"]
+    return [analysis.published_run(), *ours]
 
 
 def _drops(run: analysis.Run) -> str:

@@ -38,6 +38,7 @@ from analysis.runs import (
     load_run,
     load_runs,
     published_networks,
+    published_run,
     test_log_probabilities,
 )
 from analysis.tables import (
@@ -96,5 +97,6 @@ __all__ = [
     "plot_study",
     "Network",
     "published_networks",
+    "published_run",
     "plot_accuracy_vs_params",
 ]

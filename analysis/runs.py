@@ -7,17 +7,20 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import cifar10
-from recipes import DEFAULTS
+import ingredients
+from recipes import DEFAULTS, RECIPES, Recipe
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
 from training import HISTORY_COLUMNS, PROTOCOLS, log_probabilities
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published.csv"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+PUBLISHED = RESULTS / "published.csv"
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +147,55 @@ def _read_history(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{file} can't be read ({error!r}); expected numbers in {', '.join(HISTORY_COLUMNS)}"
         ) from error
+
+
+def published_run() -> Run:
+    """The reference's own run, as far as its notebook tells of it (results/published-log.csv).
+
+    tuning_CNN_for_CIFAR10 (Shashank Sane, 2025, MIT), tuning_CNN_CIFAR10.ipynb, prints the training
+    accuracy and the test loss and accuracy of each epoch. The learning rate, which it doesn't
+    print, follows from the losses; the training loss is unknown (NaN), and so are the weights.
+    """
+    recipe = RECIPES["baseline"]
+    lines = (RESULTS / "published-log.csv").read_text(encoding="utf-8").splitlines()
+    log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+    column = {name: np.array([row[name] for row in log]) for name in log[0]}
+    history = {
+        "epoch": column["epoch"],
+        "lr": plateau_rates(recipe, column["test_loss"]),
+        "train_loss": np.full(len(log), np.nan),
+        "train_acc": column["train_acc"],
+        "val_loss": column["test_loss"],
+        "val_acc": column["test_acc"],
+        "seconds": np.full(len(log), np.nan),
+    }
+    config = {
+        "recipe": asdict(recipe) | {"name": "the reference, as published"},
+        "seed": "unknown",
+        "protocol": "test-selected",
+        "dataset": "cifar10",
+    }
+    best = int(column["test_loss"].argmin())
+    metrics = {
+        "params": sum(p.numel() for p in NetCIFAR10_Tiny().parameters()),
+        "epochs_run": len(log),
+        "best_epoch": best + 1,
+        "test_acc": float(column["test_acc"][best]),
+        "test_acc_tta": None,
+        "test_loss": float(column["test_loss"][best]),
+    }
+    return Run(RESULTS, "published", config, history, metrics)
+
+
+def plateau_rates(recipe: Recipe, losses: Sequence[float]) -> np.ndarray:
+    """The learning rate at each epoch that a plateau schedule makes of those selection losses."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.lr)
+    schedule = ingredients.schedule(recipe, optimizer, steps_per_epoch=1)
+    rates = []
+    for loss in losses:
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step(loss)
+    return np.array(rates)
 
 
 def load_data(run: Run, root: str | Path | None = None) -> cifar10.Data:

@@ -24,6 +24,7 @@ from analysis.runs import (
     gains,
     grouped,
     load_model,
+    published_run,
     require_its_data,
     selects_on,
     settled,
@@ -105,21 +106,6 @@ def metrics_table(run: Run, times: bool = False) -> str:
     return _table(("", "value"), rows, text_columns=2)
 
 
-# What tuning_CNN_for_CIFAR10 (Shashank Sane, 2025) reports, in its README and notebook.
-REFERENCE_ROW = (
-    "the reference, as published",
-    "CIFAR-10",
-    "test-selected: epoch chosen on test",
-    "n = 1",
-    "36,170",
-    "50",
-    "–",
-    "87.31",
-    "–",
-    "0.3716",
-)
-
-
 def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
     """A row for each (recipe, data, protocol): mean and sample standard deviation over its seeds.
 
@@ -132,7 +118,7 @@ def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
     runs = as_list(runs)
     groups, repeats = grouped(runs)
     unfinished = [run for run in runs if run.metrics is None]
-    rows = [REFERENCE_ROW] if reference else []
+    rows = [_group_row([published_run()])] if reference else []
     rows += [_group_row(group) for group in groups] + [_unfinished_row(run) for run in unfinished]
     header = ("recipe", "data", "protocol", "seeds", "parameters", "epochs")
     header += ("validation, %", "test, %", "test with flip, %", "test loss")
@@ -390,6 +376,7 @@ def batch_check(
 def _group_row(group: list[Run]) -> tuple:
     run, metrics = group[0], [run.metrics for run in group]
     validated = selects_on(run) == "validation"
+    flipped = [m["test_acc_tta"] for m in metrics]
     return (
         *_labels(run),
         f"n = {len(group)}",
@@ -397,7 +384,7 @@ def _group_row(group: list[Run]) -> tuple:
         _range([m["epochs_run"] for m in metrics]),
         mean_std([m["val_acc"] for m in metrics]) if validated else "–",
         mean_std([m["test_acc"] for m in metrics]),
-        mean_std([m["test_acc_tta"] for m in metrics]),
+        "–" if None in flipped else mean_std(flipped),
         mean_std([m["test_loss"] for m in metrics], digits=4),
     )
 

@@ -19,6 +19,7 @@ from torch import nn
 import analysis
 import cifar10
 from analysis.measures import augmented
+from recipes import RECIPES
 from tiny_cifar10_net import NetCIFAR10_Tiny
 
 HISTORY = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
@@ -420,6 +421,25 @@ def test_what_each_drop_of_the_learning_rate_buys(write_run):
         ["3", "0.01", "58.00", "+18.00", "+8.00"],
         ["4", "0.001", "57.00", "-1.00", "-1.00"],
     ]
+
+
+def test_the_published_run_is_as_its_notebook_tells():
+    run = analysis.published_run()
+    assert run.epochs == 50 and np.isnan(run.history["train_loss"]).all()
+    assert (run.metrics["best_epoch"], run.metrics["test_acc"]) == (50, 87.31)
+    # As its README says: epoch 20 is the first above 83 %, 39 the first above 86.5 %.
+    accuracy = run.history["val_acc"]
+    assert [np.argmax(accuracy > level) + 1 for level in (83, 86.5)] == [20, 39]
+    # Where three epochs brought no lower loss, counted by hand: 17 to 19 and 36 to 38.
+    rates = [0.045] * 19 + [0.0045] * 19 + [0.00045] * 12
+    np.testing.assert_allclose(run.history["lr"], rates)
+    assert isinstance(analysis.plot_history([run]), Figure)
+
+
+def test_the_rates_of_our_plateau_runs_follow_from_their_losses():
+    run = analysis.load_run(analysis.runs.RESULTS / "baseline-test-selected")
+    rates = analysis.runs.plateau_rates(RECIPES["baseline"], run.history["val_loss"])
+    np.testing.assert_allclose(run.history["lr"], rates)
 
 
 def test_no_epoch_no_drops(write_run):

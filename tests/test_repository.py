@@ -13,7 +13,7 @@ import analysis
 import publish
 import run_directory
 import training
-from recipes import DEFAULTS
+from recipes import DEFAULTS, RECIPES
 from study import load_study
 from tiny_cifar10_net import load_pretrained
 
@@ -53,6 +53,16 @@ def test_a_published_run_holds_together(folder):
     assert config["recipe"]["name"] == metrics["recipe"]
     model = load_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == metrics["params"]
+
+
+def test_what_is_published_under_a_presets_name_is_of_that_preset():
+    """As it is now: who changes a preset has to run it again, or call the older run otherwise."""
+    for run in analysis.find_runs(publish.RESULTS):
+        recipe = DEFAULTS | run.config["recipe"]
+        preset = RECIPES.get(recipe["name"].split("-")[0])
+        assert preset is not None, run.name
+        changed = {k for k, v in asdict(preset).items() if k != "name" and recipe[k] != v}
+        assert all(f"{k}={recipe[k]}" in recipe["name"] for k in changed), (run.name, changed)
 
 
 # Those of studies are verified by make verify-results alone: there may be dozens.
