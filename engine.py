@@ -12,7 +12,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, compile, nn
 
-__all__ = ["CompiledNetwork", "Memory", "peak_memory"]
+from tiny_cifar10_net import NetCIFAR10_Tiny
+
+__all__ = ["CompiledNetwork", "Memory", "merged", "peak_memory"]
 
 
 class CompiledNetwork:
@@ -24,7 +26,8 @@ class CompiledNetwork:
     after a warning. Both ways give the same sums but for their last digits.
 
     Args:
-        model: a network of (N, 3, side, side) batches; its parameters stay its own.
+        model: a network of (N, 3, side, side) batches, on its device already, since what is
+            compiled works on the tensors it has now; they stay its own.
         batch_size: N of a whole batch.
         sides: the sides, in pixels, that are compiled.
     """
@@ -33,9 +36,10 @@ class CompiledNetwork:
         self.model, self.batch_size, self.sides = model, batch_size, set(sides)
         # It warns of a CUDA toolkit without a GPU, which is of no concern here.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        if next(model.parameters()).device.type == "cpu" and isinstance(model, NetCIFAR10_Tiny):
+            model = merged(model)
         # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
-        self.program = compile(merged(model) if on_cpu else model, dynamic=False)
+        self.program = compile(model, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         whole = len(images) == self.batch_size and images.shape[-1] in self.sides
@@ -67,7 +71,8 @@ def merged(model: nn.Module) -> nn.Module:
     ReLU that follows it in one step, as the compiler makes best use of them on a CPU.
 
     Args:
-        model: a network whose every BatchNorm is followed by a ReLU.
+        model: a network whose every BatchNorm is followed by a ReLU, and every ReLU follows one,
+            as in `NetCIFAR10_Tiny`.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=tensors).train()
@@ -109,11 +114,13 @@ class _NormReLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, guess: Tensor, eps: float):
-        # About a guess at the mean, lest the square's sum lose digits where the mean is large.
+        # About a guess at the mean, lest the squares' sum lose digits where the mean is hundreds of
+        # standard deviations; in the first steps the guess is 0, and so, nearly, are the means.
         centred = x - _spread(guess)
         count = x.numel() // x.shape[1]
         offset = _sum(centred) / count
-        var = _sum(centred * centred) / count - offset * offset
+        # Rounding alone may take a constant channel's below 0, where there is no root.
+        var = (_sum(centred * centred) / count - offset * offset).clamp(min=0)
         mean, scale = guess + offset, (var + eps).rsqrt()
         gain = weight * scale
         shift = bias - mean * gain

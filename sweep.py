@@ -1,7 +1,7 @@
 """Many runs: every recipe with every seed, several at once, each an ordinary run directory.
 
     from sweep import train_many
-    table = train_many(["quick", get_recipe("quick", lr=0.1)], seeds=[0, 1, 2])
+    table = train_many(["quick", get_recipe("quick", lr=0.01)], seeds=[0, 1, 2])
 
     python -m sweep quick baseline --seeds 0 1 2
     python -m sweep --study studies/ingredients.yaml

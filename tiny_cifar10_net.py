@@ -64,7 +64,7 @@ def conv_block(c_in: int, c_out: int, stride: int = 1, dilation: int = 1) -> nn.
 class DepthwiseConv(nn.Conv2d):
     """A 3x3 convolution of each channel by itself: (N, C, H, W) -> (N, C, H', W').
 
-    Dilated and at stride 1, its input's gradient is taken another way on a CPU: see `_Dilated`.
+    Dilated and at stride 1, its gradients are taken another way on a CPU: see `_Dilated`.
     """
 
     def __init__(self, channels: int, stride: int = 1, dilation: int = 1):

@@ -152,9 +152,11 @@ def _read_history(file: Path) -> dict[str, np.ndarray]:
 def published_run() -> Run:
     """The reference's own run, as far as its notebook tells of it (results/published-log.csv).
 
-    tuning_CNN_for_CIFAR10 (Shashank Sane, 2025, MIT), tuning_CNN_CIFAR10.ipynb, prints the training
-    accuracy and the test loss and accuracy of each epoch. The learning rate, which it doesn't
-    print, follows from the losses; the training loss is unknown (NaN), and so are the weights.
+    github.com/saneshashank/tuning_CNN_for_CIFAR10 (MIT), commit 898d388, tuning_CNN_CIFAR10.ipynb,
+    prints the training accuracy and the test loss and accuracy of each epoch. The learning rate,
+    which it doesn't print, follows from the losses (in epoch 45 by a hair: their four digits leave
+    a third drop possible). The training loss is unknown (NaN), and so are weights and seed: this is
+    for tables of runs, of choices and of drops, and for curves.
     """
     recipe = RECIPES["baseline"]
     lines = (RESULTS / "published-log.csv").read_text(encoding="utf-8").splitlines()
@@ -188,7 +190,7 @@ def published_run() -> Run:
 
 
 def plateau_rates(recipe: Recipe, losses: Sequence[float]) -> np.ndarray:
-    """The learning rate at each epoch that a plateau schedule makes of those selection losses."""
+    """The learning rate at each epoch that a plateau recipe makes of those selection losses."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.lr)
     schedule = ingredients.schedule(recipe, optimizer, steps_per_epoch=1)
     rates = []

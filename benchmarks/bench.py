@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from contestants import BATCH
+from contestants import BATCH, SMALL
 
 from publish import speed_table
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs
@@ -34,6 +34,7 @@ class Contestant:
     """A process that trains on demand; between its turns it sleeps."""
 
     def __init__(self, name: str):
+        self.batch = SMALL if "small" in name else BATCH
         environment = dict(os.environ)
         if name == "reference":
             environment.pop("GOMP_SPINCOUNT", None)  # as its author would run it
@@ -50,7 +51,8 @@ class Contestant:
         self.turns: list[dict] = []
 
     def begin(self, steps: int) -> None:
-        self.process.stdin.write(f"{steps}\n")
+        """Train as many images as make so many steps of whole batches of BATCH."""
+        self.process.stdin.write(f"{steps * BATCH // self.batch}\n")
         self.process.stdin.flush()
 
     def end(self) -> dict:
@@ -89,9 +91,9 @@ def race(names: list[str], rounds: int, steps: int) -> dict[str, Contestant]:
     return contestants
 
 
-def side_by_side(count: int, rounds: int, steps: int) -> float:
+def side_by_side(name: str, count: int, rounds: int, steps: int) -> float:
     """Images/s of so many one-thread runs at once, together."""
-    runs = [Contestant("ours-one-thread") for _ in range(count)]
+    runs = [Contestant(name) for _ in range(count)]
     rates = []
     for _ in range(rounds):
         for run in runs:
@@ -214,7 +216,7 @@ def machine() -> dict:
 
 
 def measure(rounds: int, steps: int) -> dict:
-    runs = race(["reference", "ours", "ours-eager"], rounds, steps)
+    runs = race(["reference", "ours", "ours-eager", "ours-small"], rounds, steps)
     rates = {name: run.images_per_second() for name, run in runs.items()}
     turns = runs["ours"].turns
     # Where steps can be told apart; see contestants.Clock.
@@ -222,7 +224,11 @@ def measure(rounds: int, steps: int) -> dict:
         part: statistics.median(t["parts"][part] / t["seconds"] for t in turns)
         for part in turns[0]["parts"]
     }
-    together = side_by_side(torch.get_num_threads(), rounds, steps)
+    threads = torch.get_num_threads()
+    together = {
+        name: side_by_side(f"{name}-one-thread", threads, rounds, steps)
+        for name in ("ours", "ours-small")
+    }
     return {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
@@ -236,7 +242,13 @@ def measure(rounds: int, steps: int) -> dict:
         },
         "ratio": rates["ours"] / rates["reference"],
         "ratio_eager": rates["ours-eager"] / rates["reference"],
-        "ratio_one_thread_runs_side_by_side": together / rates["reference"],
+        "ratio_one_thread_runs_side_by_side": together["ours"] / rates["reference"],
+        "small_batches": {
+            "batch_size": SMALL,
+            "ratio": rates["ours-small"] / rates["reference"],
+            "ratio_one_thread_runs_side_by_side": together["ours-small"] / rates["reference"],
+            "peak_memory_mib": runs["ours-small"].turns[-1]["peak_memory_mib"],
+        },
         "share_of_step": parts,
         "roofline": roofline(BATCH / rates["ours"]),
         "seconds_to_first_step_without_compile": runs["ours-eager"].seconds_to_first_step,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 BATCH = 128
+SMALL = 32  # as the recipes `quick` and `tuned`
 POLICY = "reference"
 
 
@@ -69,7 +70,7 @@ class Pictures(Dataset):
         return self.transform(image=self.images[i])["image"], self.labels[i]
 
 
-def ours(compiled=True, threads=None):
+def ours(batch_size=BATCH, compiled=True, threads=None):
     """The engine of training.py, a step each time `next` is called; yields a step's parts."""
     import cifar10
     import recipes
@@ -78,7 +79,7 @@ def ours(compiled=True, threads=None):
     if threads:
         torch.set_num_threads(threads)
     device = training.pick_device()
-    recipe = recipes.get_recipe("baseline", batch_size=BATCH, policy=POLICY, name="bench")
+    recipe = recipes.get_recipe("baseline", batch_size=batch_size, policy=POLICY, name="bench")
     problem = training._Problem(cifar10.load(), "full")
     with tempfile.TemporaryDirectory() as folder, training._repeatable():
         run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, compiled)
@@ -93,7 +94,7 @@ def steps(run, batches):
     """Whole batches through the parts of `_Run._step`, with a clock between them."""
     clock = Clock(run.device)
     for images, labels in batches:
-        if len(labels) < BATCH:
+        if len(labels) < run.recipe.batch_size:
             break
         clock.lap("data and augmentation")
         output = run.network(images)
@@ -132,6 +133,8 @@ CONTESTANTS = {
     "ours": ours,
     "ours-eager": lambda: ours(compiled=False),
     "ours-one-thread": lambda: ours(threads=1),
+    "ours-small": lambda: ours(SMALL),
+    "ours-small-one-thread": lambda: ours(SMALL, threads=1),
 }
 
 

@@ -566,6 +566,17 @@ def test_merged_steps_keep_digits_where_the_mean_is_large():
     assert (twin(x) - exact).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("guess", [0.0, 2.0])
+def test_merged_steps_bear_a_constant_channel(guess):
+    norm = torch.nn.BatchNorm2d(8)
+    norm.running_mean += guess
+    twin = merged(torch.nn.Sequential(norm, torch.nn.ReLU()))
+    x = torch.linspace(0.3, 3, 8).view(1, 8, 1, 1).expand(32, 8, 32, 32).clone().requires_grad_()
+    twin(x).sum().backward()
+    assert torch.isfinite(twin(x)).all() and torch.isfinite(x.grad).all()
+    assert (norm.running_var < 1).all()  # begun at 1, drawn towards 0
+
+
 def test_without_a_compiler_training_goes_on(tiny, tmp_path, monkeypatch):
     def no_compiler(model, **options):
         def program(images):
