@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 BATCH = 128
-SMALL = 32  # as the recipes `quick` and `tuned`
+SMALL = 32  # as the recipes `quick`, `sprint` and `tuned` have it
 POLICY = "reference"
 
 
