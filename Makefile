@@ -94,7 +94,7 @@ sweep: env ## train RECIPES with SEEDS, or a STUDY, several runs at once
 		--protocol "$(PROTOCOL)") --dataset "$(DATASET)" --device "$(DEVICE)" \
 		$(if $(JOBS),--jobs "$(JOBS)") $(if $(FOLDER),--folder "$(FOLDER)")
 
-bench: env ## speed beside the reference's loop, into benchmarks/ (about five minutes; keep the machine quiet)
+bench: env ## speed beside the reference's loop, into benchmarks/ (about ten minutes; keep the machine quiet)
 	@$(PY) benchmarks/bench.py $(BENCH)
 
 results: env ## rebuild the tables and curves of results/ from its run directories
