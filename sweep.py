@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -82,7 +85,7 @@ def train_many(
     if waiting:
         context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
         others = set(multiprocessing.active_children())  # the caller's own
-        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(jobs, context, _begin_worker, (threads,)) as pool:
             work = partial(_train, protocol=protocol, dataset=dataset, device=device)
             futures = {pool.submit(work, *task): task[2] for task in waiting}
             try:
@@ -122,6 +125,21 @@ def _share_out(runs: int, device: torch.device, jobs: int | None) -> tuple[int, 
     jobs = jobs or (cores if device.type == "cpu" else JOBS_ON_A_GPU)
     jobs = max(1, min(jobs, runs))
     return jobs, max(1, cores // jobs)
+
+
+def _begin_worker(threads: int) -> None:
+    """A process of our pool: with so many threads, and gone when the sweep is, `kill -9` included.
+
+    Otherwise its runs would go on unseen, and be locked against the same command given again.
+    """
+    torch.set_num_threads(threads)
+    sweep_ends = multiprocessing.parent_process().sentinel
+
+    def end_with_the_sweep() -> None:
+        multiprocessing.connection.wait([sweep_ends])
+        os._exit(1)  # safe at any moment, as run directories are
+
+    threading.Thread(target=end_with_the_sweep, daemon=True).start()
 
 
 def _finished(run_dir: Path) -> bool:

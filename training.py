@@ -557,13 +557,13 @@ def _warn_if_elsewhere(begun: dict, now: dict) -> None:
     """A run that goes on under other conditions is still good, but can't be repeated exactly."""
     changed = [
         f"{name} was {begun.get(name)} and is {now[name]}"
-        for name in ("threads", "torch", "device")
+        for name in ("threads", "torch", "device", "git_commit")
         if begun.get(name) != now[name]
     ]
     if changed:
         warnings.warn(
             f"this run was begun under other conditions ({'; '.join(changed)}): it goes on, and "
-            "ends with a few other digits than it would have",
+            "may end with other digits than it would have",
             stacklevel=3,
         )
 

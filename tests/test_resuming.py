@@ -179,8 +179,9 @@ def test_going_on_under_other_conditions_is_said(tiny, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"threads": 99}))
-    with pytest.warns(UserWarning, match="threads was 99 and is"):
+    elsewhere = {"threads": 99, "git_commit": "0123abc"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | elsewhere))
+    with pytest.warns(UserWarning, match=r"threads was 99 and is .*; git_commit was 0123abc and"):
         train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
 
 

@@ -1,11 +1,16 @@
 """Many runs at once: ordinary run directories, each as `train` would have made it alone."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 import cifar10
+import run_directory
 import sweep
 from recipes import Recipe
 from run_directory import RunError
@@ -41,6 +46,34 @@ def test_a_failure_stops_no_other_run(tiny, tmp_path):
     with pytest.raises(RunError, match=r"1 of 2 runs failed.*failing-val-seed0: .*lower lr"):
         train_many([FAILING, SMALL], dataset=tiny, folder=tmp_path, progress=False)
     assert json.loads((tmp_path / "small-val-seed0" / "metrics.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_sweep_leaves_nothing_training(tmp_path, how):
+    """Its processes would hold their runs' locks, and the cores."""
+    command = ["baseline", "--seeds", "0", "--dataset", "shapes", "--folder", str(tmp_path)]
+    sweep_process = subprocess.Popen([sys.executable, "-m", "sweep", *command], cwd=sweep.ROOT)
+    run_dir = tmp_path / "baseline-val-seed0"
+    wait_until((run_dir / "config.json").is_file, 120)
+    assert locked(run_dir)
+    sweep_process.send_signal(how)
+    sweep_process.wait()
+    wait_until(lambda: not locked(run_dir), 30)
+
+
+def wait_until(happened, seconds):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def locked(run_dir):
+    try:
+        with run_directory._locked(run_dir):
+            return False
+    except RunError:
+        return True
 
 
 @pytest.mark.parametrize(
