@@ -357,6 +357,17 @@ def test_fuse_refuses_training_mode():
         fuse(NetCIFAR10_Tiny().train())
 
 
+def test_fuse_refuses_what_it_cant_fold():
+    with pytest.raises(TypeError, match="got FusedNet"):
+        fuse(fuse(trained()))
+
+
+def test_a_fused_network_checks_its_input_as_the_plain_one():
+    fused = fuse(trained())
+    with pytest.raises(ValueError, match=r"takes a batch of colour pictures .*got \(3, 32, 32\)"):
+        fused(torch.zeros(3, 32, 32))
+
+
 def test_a_fused_network_keeps_what_predict_needs():
     net = trained()
     net.classes, net.mean, net.std = tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3
