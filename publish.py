@@ -16,12 +16,15 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
 
 import analysis
 import cifar10
+from recipes import DEFAULTS
+from study import Study, load_study
 from tiny_cifar10_net import load_pretrained
 from training import evaluate
 
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     verify_only = parser.parse_args(argv).verify
     runs = analysis.find_runs(RESULTS)
     try:
-        verify([*runs, *itertools.chain(*studies().values())]) if verify_only else rebuild(runs)
+        verify([*runs, *itertools.chain(*studies(runs).values())]) if verify_only else rebuild(runs)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
@@ -61,17 +64,34 @@ def rebuild(runs: list[analysis.Run]) -> None:
     for run in runs:
         analysis.plot_history(run).savefig(run.folder / "curves.png", dpi=110)
         print(f"results/{run.name}: {run.title}")
-    for name, varied in studies().items():
+    for name, varied in studies(runs).items():
         STUDY_PAGE.write_text(with_study(STUDY_PAGE.read_text(), name, varied))
         analysis.plot_study(varied).savefig(RESULTS / name / "study.png", dpi=110)
         print(f"results/{name}: a study of {len(varied)} runs")
 
 
-def studies() -> dict[str, list[analysis.Run]]:
-    """The runs of each study that has a folder under results/, by its name."""
+def studies(runs: list[analysis.Run]) -> dict[str, list[analysis.Run]]:
+    """The runs of each study that has a folder under results/, by its name.
+
+    A study's base needn't be trained again where it is among `runs`, which are published already.
+    """
     files = sorted((ROOT / "studies").glob("*.yaml"))
-    published = [file.stem for file in files if (RESULTS / file.stem).is_dir()]
-    return {name: analysis.find_runs(RESULTS / name) for name in published}
+    return {
+        file.stem: [*_of_the_base(load_study(file), runs), *analysis.find_runs(RESULTS / file.stem)]
+        for file in files
+        if (RESULTS / file.stem).is_dir()
+    }
+
+
+def _of_the_base(study: Study, runs: list[analysis.Run]) -> list[analysis.Run]:
+    """Those of `runs` that are of a study's base and seeds, called `base` as there."""
+    found = []
+    for run in runs:
+        recipe = DEFAULTS | run.config["recipe"] | {"name": "base"}
+        same = recipe == asdict(study.recipes[0]) and run.config["protocol"] == "val"
+        if same and run.config["seed"] in study.seeds:
+            found.append(replace(run, config=run.config | {"recipe": recipe}))
+    return found
 
 
 def verify(runs: list[analysis.Run]) -> None:
@@ -82,7 +102,7 @@ def verify(runs: list[analysis.Run]) -> None:
     """
     data = cifar10.load("cifar10")
     wrong = []
-    for run in runs:
+    for run in {run.folder: run for run in runs}.values():  # a base may be in several studies
         name = str(run.folder.relative_to(ROOT))
         if run.metrics is None:
             print(f"{name}: unfinished, not verified")
