@@ -237,7 +237,6 @@ def speed_table(result: dict) -> str:
             )
             for n, key, goal in ((1, "ratio_batch_1", "1.5x"), (256, "ratio_batch_256", ""))
         ),
-        ("fused and compiled, batch 1", f"{fused['ratio_batch_1']['compiled']:.2f}x", ""),
     ]
     lines = ["| figure | measured | goal |", "| :--- | ---: | ---: |"]
     lines += [f"| {figure} | {value} | {goal} |" for figure, value, goal in rows]

@@ -168,12 +168,11 @@ def median_seconds(function, device: str = "cpu", repeats: int = 9) -> float:
 
 
 def inference(rounds: int) -> dict:
-    """Plain, fused, fused and compiled, on one core: images/s at batch 256, ms at batch 1."""
+    """Plain and fused, on one core: images/s at batch 256, ms at batch 1."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     plain = NetCIFAR10_Tiny().eval().to(memory_format=torch.channels_last)
     nets = {"plain": plain, "fused": fuse(plain)}
-    nets["compiled"] = torch.compile(nets["fused"], dynamic=False)
     large, one = (torch.randn(n, 3, 32, 32) for n in (256, 1))
     large, one = (x.to(memory_format=torch.channels_last) for x in (large, one))
     seconds = {(name, n): [] for name in nets for n in (256, 1)}
