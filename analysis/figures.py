@@ -386,6 +386,8 @@ def plot_study(runs: Iterable[Run]) -> Figure:
         clear = error is not None and abs(gain) > 2 * error
         colour = GREY if not clear else GREEN if gain > 0 else RED
         axes.errorbar(gain, row, xerr=error, fmt="o", color=colour, capsize=3)
+    if not others:
+        axes.annotate("no variation is finished yet", (0.5, 0.5), xycoords="axes fraction")
     axes.axvline(0, color=GREY, linestyle="--")
     axes.set_yticks(range(len(others)), [f"{variation_name(g)}, n = {len(g)}" for g in others])
     axes.invert_yaxis()

@@ -383,6 +383,8 @@ def test_the_study_figure_shows_each_variation(a_study):
     assert [t.get_text() for t in axes.get_yticklabels()] == ["higher rate, n = 2", "worse, n = 1"]
     assert next(line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1) == 6
     assert "CIFAR-10" in texts(figure)
+    assert "no variation is finished yet" in texts(analysis.plot_study(a_study[:2]))
+    assert "no variation" not in texts(figure)
 
 
 def with_history(run, best_epoch=None, **columns):
