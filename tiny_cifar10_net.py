@@ -297,6 +297,9 @@ def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
 
     Multiply-adds are counted in the convolutions alone, as is usual: in inference a BatchNorm
     folds into the convolution before it.
+
+    Raises:
+        ValueError: a layer isn't called as a module, as those of a fused network.
     """
     rows = []
     for name, module, out in _trace(model, size):
@@ -315,6 +318,9 @@ def receptive_field(model: nn.Module, size: int = 32) -> list[Field]:
     Layer by layer field += (kernel - 1) * dilation * jump, then jump *= stride (Araujo et al.,
     "Computing Receptive Fields of Convolutional Neural Networks", Distill, 2019). Holds for
     networks that are one chain of square layers, as this one is.
+
+    Raises:
+        ValueError: a layer isn't called as a module, as those of a fused network.
     """
     rows: list[Field] = []
     field = jump = 1
@@ -347,6 +353,12 @@ def _trace(model: nn.Module, size: int) -> list[tuple[str, nn.Module, Tensor]]:
             module.register_forward_hook(note(name))
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
+    missed = {n for n, m in model.named_modules() if m._parameters} - {n for n, *_ in seen}
+    if missed:
+        raise ValueError(
+            f"{type(model).__name__} runs {min(missed)} without calling it as a module, so that it "
+            "can't be seen: pass the network as it was before fuse"
+        )
     return seen
 
 

@@ -368,6 +368,12 @@ def test_a_fused_network_checks_its_input_as_the_plain_one():
         fused(torch.zeros(3, 32, 32))
 
 
+@pytest.mark.parametrize("count", [layer_costs, receptive_field])
+def test_layers_that_cant_be_seen_are_not_left_out_in_silence(count):
+    with pytest.raises(ValueError, match=r"FusedNet runs convs\.0 without .* before fuse"):
+        count(fuse(trained()))
+
+
 def test_a_fused_network_keeps_what_predict_needs():
     net = trained()
     net.classes, net.mean, net.std = tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3
