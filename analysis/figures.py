@@ -329,9 +329,8 @@ def plot_reliability(log_p: np.ndarray, labels: np.ndarray, title: str, bins: in
     look = {"facecolor": "none", "edgecolor": RED, "hatch": "///", "linewidth": 0.8}
     top.bar(centres, gaps, width, bottom=accuracy, label="gap to the confidence", **look)
     top.plot((0, 1), (0, 1), "--", color=BLACK, linewidth=1, label="perfectly calibrated")
-    top.text(0.97, 0.06, f"ECE {100 * ece:.2f} %", transform=top.transAxes, ha="right", fontsize=11)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    top.legend(loc="upper left")
+    top.legend(loc="upper left", title=f"ECE {100 * ece:.2f} %", alignment="left")
     bottom.bar(centres, [row.count for row in filled], width, color=GREY)
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="predictions")
     figure.suptitle(_wrapped(f"Reliability, test pictures · {title}", figure))

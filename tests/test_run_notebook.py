@@ -1,5 +1,7 @@
 """Running notebooks headless: names are checked, errors are short, good notebooks are kept."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import nbformat
 import pytest
 
@@ -22,6 +24,13 @@ def notebooks(tmp_path, monkeypatch):
         notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     return tmp_path
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Settings are checked where the test runs: another process takes seconds to import torch."""
+    pool = lambda workers, context: ThreadPoolExecutor(workers)  # noqa: E731
+    monkeypatch.setattr(run_notebook, "ProcessPoolExecutor", pool)
 
 
 def test_parameters_reach_the_notebook_and_prints_the_terminal(notebooks, tmp_path, capsys):
@@ -88,13 +97,13 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["-p", "changes", "muon"], "error: changes must be a mapping .* got 'muon'"),
     ],
 )
-def test_what_training_would_refuse_is_refused_at_once(tmp_path, settings, says):
+def test_what_training_would_refuse_is_refused_at_once(in_this_process, tmp_path, settings, says):
     with pytest.raises(SystemExit, match=says):
         run_notebook.main(["stats", "training", "--run", str(tmp_path / "run"), *settings])
     assert not (tmp_path / "run").exists()
 
 
-def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder():
+def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder(in_this_process):
     settings = {"recipe": "quick", "protocol": "val", "seed": 1, "run_dir": ""}
     folder = run_notebook._run_dir(["training"], dict(settings), {"epochs": 9, "limit": 200})
     assert folder.name == "quick-epochs=9-val-seed1"
