@@ -770,14 +770,22 @@ def test_a_run_cannot_be_trained_by_two(tiny, tmp_path):
 def test_every_build_trains_alike(tmp_path):
     """Whoever makes the batches, the network learns as much from them, within noise.
 
-    Over six seeds of a like run the loss had a standard deviation of 0.04 with either of two
-    builds, and means that differed by 0.005. What is learned is about 0.2.
+    Of the loss 0.17 to 0.19 is learned here; builds and seeds differ by some hundredths.
     """
-    data = cifar10.load("shapes", limit=3000)
+    data = cifar10.load("shapes", limit=1500)
     loss = {}
     for build in augment.BUILDS:
-        recipe = get_recipe(SMALL, build=build, policy="reference", name=build)
+        recipe = get_recipe(
+            "quick",
+            epochs=4,
+            batch_size=16,
+            grow=1.0,  # nowhere the whole pictures: it only has to learn, not to be good
+            optimizer="adamw",
+            lr=0.01,
+            build=build,
+            policy="reference",
+        )
         train(recipe, tmp_path / build, dataset=data, progress=False)
         loss[build] = history(tmp_path / build)[-1]["train_loss"]
-    assert max(loss.values()) < math.log(10) - 0.03, f"more than guessing was learned: {loss}"
-    assert max(loss.values()) - min(loss.values()) < 0.15, loss
+    assert max(loss.values()) < math.log(10) - 0.08, f"more than guessing was learned: {loss}"
+    assert max(loss.values()) - min(loss.values()) < 0.12, loss
