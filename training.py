@@ -39,7 +39,7 @@ from engine import CompiledNetwork, Memory, peak_memory
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, RECIPES, Recipe, check_choice, check_number, get_recipe
 from run_directory import RunError, claim, write, write_json
-from tiny_cifar10_net import NetCIFAR10_Tiny, layer_costs, load_pretrained, run_path
+from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs, load_pretrained, run_path
 
 __all__ = [
     "HISTORY_COLUMNS",
@@ -436,7 +436,7 @@ def _worth_compiling(recipe, pictures: int, device, compile: bool | str) -> set[
 
 
 def _teacher(recipe: Recipe, protocol: str, data: cifar10.Data) -> nn.Module | None:
-    """The network to learn from, in eval mode; refused where it may know what ours mustn't."""
+    """The network to learn from, fused; refused where it may know what ours mustn't."""
     if recipe.teacher is None:
         return None
     folder = _teachers_run(recipe)
@@ -447,7 +447,7 @@ def _teacher(recipe: Recipe, protocol: str, data: cifar10.Data) -> nn.Module | N
             f"{cifar10.title(saw['dataset'], saw['limit'])}: it must be {protocol!r} on "
             f"{data.title}, as here, so that it passes on nothing that is held back"
         )
-    return load_pretrained(folder)
+    return fuse(load_pretrained(folder))
 
 
 def _teachers_run(recipe: Recipe) -> Path:
