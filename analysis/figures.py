@@ -212,11 +212,9 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
         lr.plot(run.history["epoch"], run.history["lr"], color=colour, marker=_marker(run))
     if all(run.config["recipe"].get("schedule") == "plateau" for run in runs):
         lr.set_yscale("log")  # its drops are factors
-    solid = _selection_labels(runs)
-    shown = f"train (dashed), {solid}" if solid else "train (dashed)"
-    for axes, what in ((loss, "loss"), (accuracy, "accuracy, %")):
-        axes.set_ylabel(f"{what}\n{shown}", fontsize=9)
-    lr.set_ylabel("learning rate at the epoch's end", fontsize=9)
+    loss.set_ylabel("loss")
+    accuracy.set_ylabel("accuracy, %")
+    lr.set_ylabel(_rate_label(runs))
     for axes in (loss, accuracy, lr):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -410,10 +408,16 @@ def plot_accuracy_vs_params(runs: Run | Iterable[Run] = ()) -> Figure:
     runs = as_list(runs)
     groups, _ = grouped(run for run in runs if comparable(run))
     figure, axes = plt.subplots(figsize=(10, 5.6))
-    points = [(p.parameters, p.accuracy, p.network, GREY) for p in published_networks()]
+    reference, *others = published_networks()
+    points = [(p.parameters, p.accuracy, p.network, GREY) for p in others]
     axes.scatter(*zip(*[point[:2] for point in points], strict=True), s=24, color=GREY)
+    # A ring, so that none of our runs of the same network hides it.
+    ring = {"s": 110, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
+    axes.scatter(reference.parameters, reference.accuracy, **ring)
     for group, colour in zip(groups, _colours(len(groups)), strict=True):
         points.append(_draw_group(axes, group, colour))
+    name = f"the reference, as published: {reference.accuracy:.2f}, epoch chosen on test"
+    points.append((reference.parameters, reference.accuracy, name, BLACK))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -422,13 +426,13 @@ def plot_accuracy_vs_params(runs: Run | Iterable[Run] = ()) -> Figure:
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel("test accuracy, %")
     left_out = sum(not comparable(run) for run in runs)
-    notes = ["Grey: as their authors report it, see results/published.csv."]
+    notes = ["Grey, and the ring: as their authors report it, see results/published.csv."]
     if left_out:
         why = "not finished, or not on the whole of CIFAR-10"
         notes.append(f"Left out: {counted(left_out, 'run')}, {why}.")
     figure.supxlabel(" ".join(notes), fontsize=9, color="#444444")
     axes.set_title("Small networks on CIFAR-10")
-    _label_points(axes, points[::-1])  # ours first: they get the best places
+    _label_points(axes, points[::-1])  # this network first: it gets the best places
     return figure
 
 
@@ -440,6 +444,16 @@ def _selection_labels(runs: Sequence[Run]) -> str:
     labels = {"validation": "validation", "test": "test (selection!)"}
     selected_on = dict.fromkeys(filter(None, map(selects_on, runs)))
     return " and ".join(labels[where] for where in selected_on)
+
+
+def _rate_label(runs: Sequence[Run]) -> str:
+    """What the history's one rate is the rate of: what Muon trains has another, in proportion."""
+    recipes = [run.config["recipe"] for run in runs]
+    peaks = {r["muon_lr"] for r in recipes if str(r.get("optimizer")).startswith("muon")}
+    if not peaks:
+        return "learning rate at the epoch's end"
+    shown = ", ".join(f"{peak:g}" for peak in sorted(peaks))
+    return f"learning rate at the epoch's end,\nbeside Muon's (whose peak is {shown})"
 
 
 def _wrapped(title: str, figure: Figure) -> str:

@@ -202,8 +202,8 @@ def _choice_row(group: list[Run]) -> tuple:
 def drops_table(run: Run) -> str:
     """The stretches of equal learning rate, and what each drop between them bought.
 
-    "At the drop" is the first epoch after it less the last before it; "in all" the stretch's
-    highest accuracy less the highest before it.
+    Its first epoch is compared with the last before it, which may happen to be a bad one, and its
+    highest accuracy with the highest before it.
     """
     if run.config["recipe"]["schedule"] != "plateau":
         return "This run's learning rate doesn't drop in steps.\n"
@@ -226,7 +226,8 @@ def drops_table(run: Run) -> str:
         "training at its end, %",
         f"highest on {selects_on(run)}, %",
     )
-    return _table((*header, "at the drop", "in all"), rows)
+    gains = ("first after the drop − last before", "highest − highest before")
+    return _table((*header, *gains), rows)
 
 
 def fit_table(run: Run, data: cifar10.Data) -> str:
