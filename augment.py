@@ -222,7 +222,7 @@ class Batched(nn.Module):
         if not isinstance(images, Tensor):
             raise ValueError(f"Expected a tensor of images, got {type(images).__name__}.")
         draws = self.draw(len(images), generator)
-        return self.transform(images, draws.to(images.device, non_blocking=True))
+        return self.transform(images, draws.to(images.device))
 
     @classmethod
     def draw(cls, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -39,6 +39,12 @@ class CompiledNetwork:
         if next(model.parameters()).device.type == "cpu" and isinstance(model, NetCIFAR10_Tiny):
             model = merged(model)
         # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
+        # All networks of a process share a list of programs, which by default holds eight and then
+        # is no longer added to, without a word.
+        torch._dynamo.config.recompile_limit = 128
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # The backward pass with the forward: what fails, fails below, where it can be helped.
+        torch._functorch.config.force_non_lazy_backward_lowering = True
         self.program = compile(model, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -175,7 +181,10 @@ class Memory:
 
 
 def peak_memory() -> int | None:
-    """The most that this process has held in memory so far, in MiB; None where nobody counts."""
+    """The most that this process has held in memory so far, in MiB; None where nobody counts.
+
+    Of a process that trains several runs, as a sweep's do, the most of all runs so far.
+    """
     try:
         import resource
     except ImportError:  # Windows

@@ -87,8 +87,8 @@ class _BatchedFeed(Feed):
             if self.recipe.alternate_flip:
                 # After Keller Jordan (2024, arXiv:2404.00498): two epochs show both sides of each.
                 transform.set_flips(draws, self.mirrored[index] ^ bool(epoch % 2))
-            draws = draws.to(self.device, non_blocking=True)
-            index = index.to(self.device, non_blocking=True)
+            # Blocking: on MPS a copy that is still under way reads what was freed meanwhile.
+            index, draws = index.to(self.device), draws.to(self.device)
             yield transform.transform(self.images[index], draws), self.labels[index]
 
 

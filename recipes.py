@@ -107,7 +107,7 @@ class Recipe:
         Le, 2021, arXiv:2104.00298): a quarter of the pixels is a quarter of the work. Few
         different sides, as each is compiled by itself.
         """
-        growing = self.grow * self.epochs
+        growing = round(self.grow * self.epochs, 9)  # 0.28 * 50 is a little more than 14
         share = min(1.0, (epoch - 1) / growing) if growing else 1.0
         missing = 32 - self.start_side
         return 32 if share == 1 else self.start_side + 8 * int(missing * share / 8)

@@ -49,7 +49,8 @@ def claim(run_dir: Path, config: dict, identity: dict, defaults: dict, force: bo
         except RunError:
             if not force:
                 raise
-            for name in FILES:
+            # config.json last: killed meanwhile, nothing is left that another run could go on from.
+            for name in reversed(FILES):
                 (run_dir / name).unlink(missing_ok=True)
         if not (run_dir / "config.json").is_file():
             write_json(run_dir / "config.json", config)

@@ -163,7 +163,7 @@ class NetCIFAR10_Tiny(nn.Module):
 
     Attributes:
         classes, mean, std: what the outputs are called and how the inputs were normalised;
-            None until `load_weights` or the caller sets them. Needed by `predict` alone.
+            None until `load_pretrained` or the caller sets them. Needed by `predict` alone.
 
     Raises:
         ValueError: an option out of its range; an input that isn't (N, 3, H, W).

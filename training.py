@@ -12,6 +12,7 @@ in one go, a run killed and resumed, and a run with other loader workers end wit
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -37,7 +38,7 @@ import cifar10
 import ingredients
 from engine import CompiledNetwork, Memory, peak_memory
 from feeding import key, make_feed, resized
-from recipes import DEFAULTS, RECIPES, Recipe, check_choice, check_number, get_recipe
+from recipes import DEFAULTS, Recipe, check_choice, check_number, get_recipe
 from run_directory import RunError, claim, write, write_json
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs, load_pretrained, run_path
 
@@ -132,7 +133,7 @@ def train(
     teacher = _teacher(recipe, protocol, data)
     config = _config(recipe, seed, protocol, data, problem, device)
     who = identity(recipe, seed, protocol, data)
-    with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable():
+    with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable(device):
         _warn_if_elsewhere(begun, config)
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
         try:
@@ -499,10 +500,19 @@ def log_probabilities(
 
 
 def evaluate(
-    model: nn.Module, images: Tensor | np.ndarray, labels: Tensor | np.ndarray, stats: cifar10.Stats
+    model: nn.Module,
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    stats: cifar10.Stats,
+    *,
+    tta: bool = False,
 ) -> tuple[float, float]:
-    """(mean negative log-likelihood, accuracy in percent) on uint8 pictures (N, 32, 32, 3)."""
-    log_p, labels = log_probabilities(model, images, stats), torch.as_tensor(labels)
+    """(mean negative log-likelihood, accuracy in percent) on uint8 pictures (N, 32, 32, 3).
+
+    `tta` as for `log_probabilities`.
+    """
+    log_p = log_probabilities(model, images, stats, tta=tta)
+    labels = torch.as_tensor(labels)
     return F.nll_loss(log_p, labels).item(), _accuracy(log_p, labels)
 
 
@@ -588,6 +598,7 @@ def _device_name(device: torch.device) -> str:
     return f"{device}: {platform.machine()}, {torch.get_num_threads()} threads"
 
 
+@functools.cache  # the code that runs stays what was imported, whatever is committed meanwhile
 def _git_commit() -> str | None:
     """The commit of this code, with `+` if tracked files other than results changed since."""
 
@@ -604,15 +615,9 @@ def _git_commit() -> str | None:
 
 
 def _command(recipe, seed, protocol, data) -> str:
-    """The call that repeats this run."""
-    preset = RECIPES.get(recipe.name.split("-")[0])
-    base = preset or Recipe("")
-    changed = {k: v for k, v in asdict(recipe).items() if v != getattr(base, k) and k != "name"}
-    how = repr(recipe.name)
-    if preset is None:
-        how = f"Recipe({recipe.name!r}, **{changed})"
-    elif changed:
-        how = f"get_recipe({preset.name!r}, **{changed})"
+    """The call that repeats this run, also once a preset of its name has changed."""
+    changed = {k: v for k, v in asdict(recipe).items() if k != "name" and v != DEFAULTS[k]}
+    how = f"Recipe({recipe.name!r}, **{changed})"
     source = (
         f"dataset={data.name!r}"
         if data.limit is None
@@ -625,16 +630,20 @@ def _command(recipe, seed, protocol, data) -> str:
 
 
 @contextmanager
-def _repeatable():
-    """Deterministic algorithms and our own random stream, both given back afterwards."""
+def _repeatable(device: torch.device):
+    """Deterministic algorithms and our own random stream, all given back afterwards."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA asks for, see torch
     before = torch.are_deterministic_algorithms_enabled()
-    with torch.random.fork_rng():
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.use_deterministic_algorithms(True)
+        # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+            torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _line(row: dict, epochs: int) -> str:

@@ -81,7 +81,7 @@ def ours(batch_size=BATCH, compiled=True, threads=None):
     device = training.pick_device()
     recipe = recipes.get_recipe("baseline", batch_size=batch_size, policy=POLICY, name="bench")
     problem = training._Problem(cifar10.load(), "full")
-    with tempfile.TemporaryDirectory() as folder, training._repeatable():
+    with tempfile.TemporaryDirectory() as folder, training._repeatable(device):
         run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, compiled)
         run.model.train()
         epoch = 0

@@ -134,7 +134,7 @@ def test_verification_finds_the_run_that_claims_too_much(monkeypatch, capsys):
     run = analysis.load_run(publish.RESULTS / "quick")
     monkeypatch.setattr(publish.cifar10, "load", lambda name: None)
     measured = {name: run.metrics[name] for name in ("test_acc", "val_acc")}
-    monkeypatch.setattr(publish, "_accuracies", lambda run, data: measured)
+    monkeypatch.setattr(publish, "_measured", lambda run, data: measured)
     publish.verify([run])
     assert "differs" not in capsys.readouterr().out
     measured["val_acc"] -= 0.02

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +232,29 @@ def test_a_forced_run_that_was_interrupted_goes_on_too(tiny, whole, tmp_path, mo
         stop_at(patch, 13, AssertionError("it began anew"))  # four epochs are left, twelve steps
         train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, force=True, progress=False)
     assert_same_outcome(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("removed", range(1, 5))
+def test_a_run_that_was_half_removed_is_no_others_to_go_on_with(
+    tiny, whole, tmp_path, monkeypatch, removed
+):
+    """Killed while FORCE=1 was removing it, after that many of its files."""
+    shutil.copytree(whole, tmp_path / "run")
+    gone, unlink = [], Path.unlink
+
+    def killed(path, **options):
+        if len(gone) == removed:
+            raise KeyboardInterrupt
+        gone.append(path)
+        unlink(path, **options)
+
+    other = get_recipe(SIX_EPOCHS, lr=0.01, name="other")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(other, tmp_path / "run", force=True, dataset=tiny, progress=False)
+    with pytest.raises(RunError, match=r"recipe\.lr is 0\.05 there and 0\.01 now"):
+        train(other, tmp_path / "run", dataset=tiny, progress=False)
 
 
 def test_an_unfinished_run_of_another_kind_is_shown_and_left_alone(tiny, tmp_path, monkeypatch):

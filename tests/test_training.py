@@ -9,6 +9,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import augment
 import cifar10
@@ -473,6 +475,7 @@ def test_pictures_grow_to_their_own_size(tiny, tmp_path, monkeypatch):
     recipe = get_recipe(SMALL, epochs=5, start_side=16, grow=0.6)
     assert [recipe.side(epoch) for epoch in range(1, 6)] == [16, 16, 24, 32, 32]
     assert {SMALL.side(epoch) for epoch in range(1, 4)} == {32}
+    assert get_recipe("tuned", grow=0.28).side(15) == 32, "0.28 x 50 is 14, but not in floats"
     fed, step = [], training._Run._step
 
     def spy(run, images, labels):
@@ -575,6 +578,50 @@ def test_merged_steps_bear_constant_channels():
     twin(x.requires_grad_()).sum().backward()
     assert torch.isfinite(twin(x)).all() and torch.isfinite(x.grad).all()
     assert (norm.running_var < 1).all()  # begun at 1, drawn towards 0
+
+
+@pytest.mark.parametrize("fails_at", [None, 12])
+def test_many_shapes_in_one_process_are_all_compiled_or_it_is_said(monkeypatch, fails_at):
+    """torch keeps eight programs by default, and runs the ninth shape uncompiled in silence."""
+    torch.compiler.reset()
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compile = lambda model, dynamic: torch.compile(model, dynamic=dynamic, backend=counted)  # noqa: E731
+    monkeypatch.setattr("engine.compile", compile)
+    sides = set(range(16, 32))
+    network = CompiledNetwork(nn.Conv2d(3, 4, 3), batch_size=2, sides=sides)
+    if fails_at:
+        monkeypatch.setattr("torch._dynamo.config.recompile_limit", fails_at)
+        with pytest.warns(UserWarning, match="goes on without"):
+            outputs = {side: network(torch.ones(2, 3, side, side)) for side in sides}
+    else:
+        outputs = {side: network(torch.ones(2, 3, side, side)) for side in sides}
+    assert len(graphs) == (fails_at or len(sides))
+    assert network.sides == (set() if fails_at else sides)
+    for side, output in outputs.items():
+        torch.testing.assert_close(output, network.model(torch.ones(2, 3, side, side)))
+
+
+@needs_compiler
+def test_a_backward_pass_that_cannot_be_compiled_is_helped_too(monkeypatch):
+    def no_room(*_, **__):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr("engine.compile", compiled_by(lambda graph, inputs: graph, no_room))
+    network = CompiledNetwork(nn.Conv2d(3, 4, 3), batch_size=2, sides={8})
+    with pytest.warns(UserWarning, match="No space left on device.*goes on without"):
+        network(torch.ones(2, 3, 8, 8)).sum().backward()
+    assert network.model.weight.grad is not None
+
+
+def compiled_by(forward, backward):
+    """torch.compile with compilers of one's own for the two passes."""
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
+    return lambda model, dynamic: torch.compile(model, dynamic=dynamic, backend=backend)
 
 
 def test_without_a_compiler_training_goes_on(tiny, tmp_path, monkeypatch):
@@ -729,6 +776,7 @@ def test_training_leaves_the_callers_random_stream_alone(tiny, tmp_path):
     train(get_recipe(SMALL, epochs=1), tmp_path / "r", dataset=tiny, progress=False)
     assert torch.equal(torch.rand(3), expected)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 @pytest.mark.parametrize("build", augment.BUILDS)
