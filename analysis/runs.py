@@ -306,14 +306,16 @@ def gains(groups: list[list[Run]]) -> list[tuple[float, float | None]]:
 
     The spread over seeds is taken to be the same for all and estimated from all groups together,
     s² = sum of (n_i - 1) s_i² / sum of (n_i - 1): two or three seeds each say too little. The
-    standard error is s root(1/n + 1/n_base); None where no group has two seeds.
+    standard error is s root(1/n + 1/n_base); None where s would rest on less than two differences
+    between seeds, of which a single one may happen to be nearly nothing.
     """
     values = [settled(group) for group in groups]
     repeated = [v for v in values if len(v) > 1]
+    differences = sum(len(v) - 1 for v in repeated)
     spread = None
-    if repeated:
+    if differences > 1:
         squares = sum((len(v) - 1) * statistics.variance(v) for v in repeated)
-        spread = math.sqrt(squares / sum(len(v) - 1 for v in repeated))
+        spread = math.sqrt(squares / differences)
     base = values[0]
     return [
         (

@@ -368,6 +368,8 @@ def test_a_study_is_compared_with_its_base(a_study):
     assert "CIFAR-10, 4 epochs" in table and "left out: 1 run" in table
     single = rows_of(analysis.study_table([a_study[0], a_study[2]]))
     assert single[2][-1] == "-5.00"  # nothing tells how far seeds differ
+    of_two = [run for run in a_study if run.name in ("base0", "base1", "worse0")]
+    assert rows_of(analysis.study_table(of_two))[2][-1] == "-6.00"  # nor do two seeds alone
     with pytest.raises(ValueError, match="has one base"):
         analysis.study_table(a_study[2:])
 
