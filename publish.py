@@ -146,7 +146,8 @@ def results_page(runs: list[analysis.Run]) -> str:
 def _notebooks(folder: Path) -> str:
     """Links to a run's executed notebooks, and to their pages for a browser."""
     links = []
-    for notebook in sorted(folder.glob("*.ipynb")):
+    executed = (p for p in folder.glob("*.ipynb") if not p.stem.endswith(".running"))
+    for notebook in sorted(executed):
         link = f"[{notebook.stem}]({folder.name}/{notebook.name})"
         page = notebook.with_suffix(".html")
         links.append(link + (f" ([HTML]({folder.name}/{page.name}))" if page.is_file() else ""))
