@@ -261,10 +261,17 @@ def speed_table(result: dict) -> str:
     ]
     lines = ["| figure | measured | goal |", "| :--- | ---: | ---: |"]
     lines += [f"| {figure} | {value} | {goal} |" for figure, value, goal in rows]
-    where = f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads"
-    note = f"Measured on {where}, torch {machine['torch']}, batch {result['batch_size']}, "
+    note = f"Measured on {machine_name(machine)}, torch {machine['torch']}, "
+    note += f"batch {result['batch_size']}, "
     note += f"medians of {result['rounds']} rounds, {result['date']}."
     return "\n".join([*lines, "", note, ""])
+
+
+def machine_name(machine: dict) -> str:
+    """What the benchmark noted of its machine, in words."""
+    if machine["gpu"]:
+        return machine["gpu"]
+    return f"{machine['processor']} ({machine['instructions']}), {machine['threads']} threads"
 
 
 if __name__ == "__main__":

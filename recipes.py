@@ -47,9 +47,7 @@ class Recipe:
     label_smoothing: float = 0.0
     ema: float | None = None  # decay of the weights' moving average, per step; None: no average
 
-    teacher: str | None = (
-        None  # a run to learn from, as load_pretrained takes it; None: labels alone
-    )
+    teacher: str | None = None  # a run to learn from, for load_pretrained; None: labels alone
     teaching: float = 0.5  # the teacher's share of the loss, beside the labels'
     temperature: float = 4.0  # softens what both say before the two are compared
 

@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 from contestants import BATCH, SMALL
 
-from publish import speed_table
+from publish import machine_name, speed_table
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs
 
 HERE = Path(__file__).resolve().parent
@@ -208,6 +208,7 @@ def machine() -> dict:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -280,10 +281,7 @@ def plot(result: dict):
         start += 100 * share
     right.set(xlabel="share of our compiled step, %", ylim=(-0.5, 1.2), yticks=[], xlim=(0, 100))
     right.legend(loc="upper center", ncols=2, frameon=False, fontsize=9)
-    m = result["machine"]
-    figure.suptitle(
-        f"{m['gpu'] or m['processor']}, {m['threads']} threads, {result['date']}", fontsize=10
-    )
+    figure.suptitle(f"{machine_name(result['machine'])}, {result['date']}", fontsize=10)
     return figure
 
 
