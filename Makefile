@@ -47,7 +47,7 @@ help: ## this list
 	@echo "    SEED      any whole number                              (0)"
 	@echo "    DEVICE    auto, cpu, cuda or mps                        (auto)"
 	@echo "    RUN       the run directory                             (runs/RECIPE-PROTOCOL-seedSEED)"
-	@echo "    FORCE     1 replaces a finished run                     (0)"
+	@echo "    FORCE     1 trains anew what is finished                (0)"
 	@echo '    PARAMS    more parameters of the notebooks, e.g. PARAMS="-p epochs 5"'
 	@echo "  make sweep instead takes RECIPES (quick) and SEEDS (0 1 2), or STUDY, a file as in studies/;"
 	@echo "    JOBS, how many at once (one a core), and FOLDER, where to (runs, or runs/<study>)"
@@ -114,4 +114,5 @@ lint: env ## style and common mistakes
 	@$(PY) -m ruff format --check .
 
 clean: ## remove the environment and caches; runs/ and data/ stay
-	rm -rf "$(VENV)" *.egg-info .pytest_cache .ruff_cache __pycache__ */__pycache__ */.ipynb_checkpoints
+	@if [ -e "$(VENV)/.ready" ]; then rm -rf "$(VENV)"; fi  # not one of somebody else's
+	rm -rf *.egg-info .pytest_cache .ruff_cache __pycache__ */__pycache__ */.ipynb_checkpoints

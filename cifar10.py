@@ -174,7 +174,8 @@ def load(
 
 def title(name: str, limit: int | None = None) -> str:
     """What figures and tables call a data set, so that none passes for another."""
-    title = "CIFAR-10" if name == "cifar10" else "shapes (stand-in, NOT CIFAR-10)"
+    titles = {"cifar10": "CIFAR-10", "shapes": "shapes (stand-in, NOT CIFAR-10)"}
+    title = titles.get(name, f"{name} (NOT CIFAR-10)")
     return title if limit is None else f"{title}, {limit:,} training images"
 
 

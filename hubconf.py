@@ -8,16 +8,23 @@ from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
 dependencies = ["torch", "numpy", "PIL"]
 
 
-def net_cifar10_tiny(pretrained: bool = False, run: str = "tuned", **options) -> NetCIFAR10_Tiny:
+def net_cifar10_tiny(
+    pretrained: bool = False, run: str | None = None, **options
+) -> NetCIFAR10_Tiny:
     """`NetCIFAR10_Tiny`, new or with the weights of a published run.
 
     Args:
         pretrained: True gives `load_pretrained(run)`: eval mode, with classes, mean and std.
-        run: as for `load_pretrained`.
+        run: as for `load_pretrained`, whose default None takes.
         options: of a new network, see `NetCIFAR10_Tiny`.
+
+    Raises:
+        ValueError: options of a pretrained network, or a run of a new one.
     """
     if not pretrained:
+        if run is not None:
+            raise ValueError(f"a new network has no run: say pretrained=True, or leave out {run!r}")
         return NetCIFAR10_Tiny(**options)
     if options:
         raise ValueError(f"a pretrained network has its own options; leave out {sorted(options)}")
-    return load_pretrained(run)
+    return load_pretrained() if run is None else load_pretrained(run)

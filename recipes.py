@@ -75,6 +75,11 @@ class Recipe:
         check_choice("optimizer", self.optimizer, ("sgd", "adamw", "muon", "muon_adamw"))
         check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
         check_choice("build", self.build, augment.BUILDS)
+        if not isinstance(self.policy, str):
+            raise ValueError(
+                f"policy must be the name of one in augment.POLICIES, where you can add your own; "
+                f"got {self.policy!r}"
+            )
         augment.get_policy(self.policy)
         if not isinstance(self.teacher, str | None):
             raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
@@ -201,7 +206,10 @@ DEFAULTS = asdict(Recipe(""))
 
 
 def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
-    """A preset by name (or a Recipe as it is), with `changes` that aren't None applied.
+    """A preset by name (or a Recipe as it is), with `changes` applied.
+
+    None keeps what the recipe says, except where it says something itself: stop_patience, ema and
+    teacher can be switched off.
 
     A changed preset is called after its changes, e.g. `quick-epochs=2`, so that no table passes
     it off as the preset.
@@ -215,7 +223,8 @@ def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
     valid = [f.name for f in fields(Recipe)]
     for name in changes:
         check_choice("recipe field", name, valid)
-    changes = {k: v for k, v in changes.items() if v is not None}
+    optional = {*_OPTIONAL_RANGES, "teacher"}
+    changes = {k: v for k, v in changes.items() if v is not None or k in optional}
     changed = {k: v for k, v in changes.items() if v != getattr(recipe, k)}
     if changed and "name" not in changes:
         settings = ",".join(f"{k}={v}" for k, v in sorted(changed.items()))

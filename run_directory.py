@@ -20,13 +20,15 @@ __all__ = [
     "FILES",
     "RunError",
     "claim",
+    "is_finished",
     "refuse_another_run",
-    "refuse_finished",
     "write",
     "write_json",
 ]
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
+# What tells of a run, and would tell of the wrong one once it is replaced.
+PAGES = ("training.ipynb", "training.html", "analysis.ipynb", "analysis.html")
 
 
 class RunError(RuntimeError):
@@ -37,36 +39,28 @@ class RunError(RuntimeError):
 def claim(run_dir: Path, config: dict, identity: dict, defaults: dict, force: bool):
     """The run directory, ready to train in, and nobody else's while we do.
 
-    A run that is finished, or another than `identity` says, is refused, or with `force` removed.
-    For `identity` and `defaults` see `refuse_another_run`; `config` becomes config.json, unless
-    there is one, of a run that goes on. Yields what config.json holds.
+    Another run than `identity` says is refused, or with `force` removed; a finished one is left
+    as it is, or with `force` removed. For `identity` and `defaults` see `refuse_another_run`;
+    `config` becomes config.json, unless there is one. Yields what config.json holds.
     """
     _make_folder(run_dir)
     with _locked(run_dir):
-        try:
-            refuse_finished(run_dir)
-            refuse_another_run(run_dir, identity, defaults)
-        except RunError:
-            if not force:
-                raise
-            # config.json last: killed meanwhile, nothing is left that another run could go on from.
-            for name in reversed(FILES):
-                (run_dir / name).unlink(missing_ok=True)
+        if force and (is_finished(run_dir) or _differences(run_dir, identity, defaults)):
+            _remove(run_dir)
+        refuse_another_run(run_dir, identity, defaults)
         if not (run_dir / "config.json").is_file():
             write_json(run_dir / "config.json", config)
         yield json.loads((run_dir / "config.json").read_text())
 
 
-def refuse_finished(run_dir: Path) -> None:
-    """Raise RunError if the run in this directory is finished."""
-    metrics = run_dir / "metrics.json"
-    if metrics.is_file():
-        stand_in = json.loads(metrics.read_text()).get("dataset") == "shapes"
-        what = " (on `shapes`, the stand-in)" if stand_in else ""
-        raise RunError(
-            f"the run in {run_dir}{what} is finished, and kept: to replace it say FORCE=1 "
-            "(force=True), to keep both give another name (RUN=..., run_dir=...)"
-        )
+def is_finished(run_dir: Path) -> bool:
+    return (run_dir / "metrics.json").is_file()
+
+
+def _remove(run_dir: Path) -> None:
+    """All files, config.json last: killed meanwhile, it is still known whose the others are."""
+    for name in (*PAGES, *reversed(FILES)):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def refuse_another_run(run_dir: Path, identity: dict, defaults: dict) -> None:
@@ -76,12 +70,7 @@ def refuse_another_run(run_dir: Path, identity: dict, defaults: dict) -> None:
         identity: the fields of its config.json that must be the same; the others only describe.
         defaults: what a field of the recipe was before there was such a field.
     """
-    there = run_dir / "config.json"
-    if not there.is_file():
-        return
-    old = json.loads(there.read_text())
-    old["recipe"] = defaults | old["recipe"]
-    differences = _differences({k: old.get(k) for k in identity}, identity)
+    differences = _differences(run_dir, identity, defaults)
     if differences:
         raise RunError(
             f"{run_dir} holds a run that differs: {'; '.join(differences)}. "
@@ -90,13 +79,23 @@ def refuse_another_run(run_dir: Path, identity: dict, defaults: dict) -> None:
         )
 
 
-def _differences(old, new, name="") -> list[str]:
+def _differences(run_dir: Path, identity: dict, defaults: dict) -> list[str]:
+    """In which fields the run that is there isn't the one meant."""
+    there = run_dir / "config.json"
+    if not there.is_file():
+        return []
+    old = json.loads(there.read_text())
+    old["recipe"] = defaults | old["recipe"]
+    return _unlike({k: old.get(k) for k in identity}, identity)
+
+
+def _unlike(old, new, name="") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
             line
             for key in keys
-            for line in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+            for line in _unlike(old.get(key), new.get(key), f"{name}.{key}".strip("."))
         ]
     return [] if old == new else [f"{name} is {old!r} there and {new!r} now"]
 

@@ -15,8 +15,10 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import run_directory
@@ -27,17 +29,25 @@ LONGEST = 15  # lines that a cell may print on the terminal; more is a table, fo
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _arguments(argv)
+    args, started = _arguments(argv), time.time()
+    run_dir = None
     try:
-        settings, extra = _settings(args), dict(args.parameters)
-        # What has a name of its own may be given with -p as well.
-        settings |= {name: extra.pop(name) for name in list(extra) if name in settings}
+        settings, extra = _settings(args)
         run_dir = _run_dir(args.notebooks, settings, extra)  # refuses what training would refuse
         run_notebooks(args.notebooks, run_dir, settings, extra)
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}{_do_not_force_again(run_dir, started, args)}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on from the last finished epoch")
+        advice = _do_not_force_again(run_dir, started, args)
+        sys.exit(f"\ninterrupted; the same command goes on from the last finished epoch{advice}")
+
+
+def _do_not_force_again(run_dir: Path | None, started: float, args) -> str:
+    """Where the command stopped after it had trained anew: the same would throw that away."""
+    metrics = run_dir and run_dir / "metrics.json"
+    if args.force and metrics and metrics.is_file() and metrics.stat().st_mtime >= started:
+        return "; the new run is trained: leave out FORCE=1, which would train it once more"
+    return ""
 
 
 def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) -> None:
@@ -50,14 +60,13 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
     Raises:
         ValueError: no such notebook, parameter, recipe or protocol; the message lists the valid
             names.
-        RuntimeError: the run is finished already; a cell failed; the message is that of its error.
+        RuntimeError: a cell failed; the message is that of its error.
     """
     declared = {name: _declared_parameters(name) for name in names}
     unknown = sorted(extra.keys() - set().union(*declared.values()))
     if unknown:
         valid = ", ".join(sorted(set().union(*declared.values())))
         raise ValueError(f"no parameter {unknown[0]!r} in {', '.join(names)}; valid: {valid}")
-    names = _remaining(names, run_dir, settings)
     run_dir.mkdir(parents=True, exist_ok=True)
     # A run inside the repository is named from its root, so that notebooks can be moved and shared.
     shown = run_dir.relative_to(ROOT) if run_dir.is_relative_to(ROOT) else run_dir
@@ -67,21 +76,6 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
     for name in names:
         _say(f"notebooks/{name}.ipynb -> {shown}/{name}.ipynb")
         _execute(name, run_dir, {k: v for k, v in given.items() if k in declared[name]})
-
-
-def _remaining(names: list[str], run_dir: Path, settings: dict) -> list[str]:
-    """The notebooks that are still to be run.
-
-    Where training is done and an interrupted command hadn't got to the others, the others.
-    """
-    if "training" not in names or "recipe" not in settings:
-        return names
-    if settings["force"] or not (run_dir / "metrics.json").is_file():
-        return names
-    left = [n for n in names if n != "training" and not (run_dir / f"{n}.ipynb").is_file()]
-    if not left:
-        run_directory.refuse_finished(run_dir)
-    return left
 
 
 def _execute(name: str, run_dir: Path, parameters: dict) -> None:
@@ -199,7 +193,7 @@ def _arguments(argv) -> argparse.Namespace:
 
 def _literal(text: str):
     """Numbers, True, False, None and lists as themselves (true and false too); else the text."""
-    named = {"true": True, "false": False, "none": None, "null": None}
+    named = {"true": True, "false": False, "null": None}  # not "none", which is a policy
     if text.lower() in named:
         return named[text.lower()]
     try:
@@ -208,33 +202,30 @@ def _literal(text: str):
         return text
 
 
-def _settings(args) -> dict:
-    if args.force not in (0, 1):  # True and False are these two
-        raise ValueError(f"FORCE must be 0 or 1, not {args.force!r}")
-    return {
-        "recipe": args.recipe,
-        "protocol": args.protocol,
-        "dataset": args.dataset,
-        "device": args.device,
-        "seed": args.seed,
-        "force": bool(args.force),
-        "run_dir": args.run,
-    }
+def _settings(args) -> tuple[dict, dict]:
+    """(the settings that have a name of their own, all other parameters)."""
+    names = ("recipe", "protocol", "dataset", "device", "seed", "force")
+    settings = {name: getattr(args, name) for name in names} | {"run_dir": args.run}
+    extra = dict(args.parameters)
+    # What has a name of its own may be given with -p as well.
+    settings |= {name: extra.pop(name) for name in list(extra) if name in settings}
+    if settings["force"] not in (0, 1):  # True and False are these two
+        raise ValueError(f"FORCE must be 0 or 1, not {settings['force']!r}")
+    return settings | {"force": bool(settings["force"])}, extra
 
 
 def _run_dir(names: list[str], settings: dict, extra: dict) -> Path:
     """The folder asked for; else the tour's own, or the one that `train` would choose."""
     given = settings.pop("run_dir")
+    if not given and names == ["tuning_CNN_CIFAR10"]:
+        given = "runs/tour"
     # In a process that ends: torch takes 0.4 GB, which the notebooks' kernels have better use for.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        chosen = pool.submit(_checked_run_folder, settings, extra).result()
-    if given:
-        return ROOT / given
-    return ROOT / "runs" / "tour" if names == ["tuning_CNN_CIFAR10"] else chosen
+        return pool.submit(_checked_run_dir, names, given, settings, extra).result()
 
 
-def _checked_run_folder(settings: dict, extra: dict) -> Path:
-    """`training.run_folder`, once training has seen that it can use these settings."""
+def _checked_run_dir(names: list[str], given: str, settings: dict, extra: dict) -> Path:
+    """That folder, once it is known that training can use these settings, and there."""
     import recipes
     import training
 
@@ -244,7 +235,18 @@ def _checked_run_folder(settings: dict, extra: dict) -> Path:
         raise ValueError(f"changes must be a mapping of a recipe's fields; got {others!r}")
     recipe = recipes.get_recipe(settings["recipe"], **(changes | others))
     training.check_settings(recipe, settings["protocol"], settings["seed"])
-    return training.run_folder(recipe, settings["protocol"], settings["seed"])
+    run_dir = training.run_folder(recipe, settings["protocol"], settings["seed"])
+    run_dir = ROOT / given if given else run_dir
+    trains = {"training", "tuning_CNN_CIFAR10"} & set(names)
+    if "analysis" in names and not trains and not (run_dir / "config.json").is_file():
+        raise FileNotFoundError(f"no run in {run_dir}: train it first, or name another RUN")
+    if trains and not settings["force"]:
+        meant = {"recipe": asdict(recipe), "limit": extra.get("limit")}
+        meant |= {name: settings[name] for name in ("seed", "protocol")}
+        if settings["dataset"] != "auto":
+            meant["dataset"] = settings["dataset"]
+        run_directory.refuse_another_run(run_dir, meant, recipes.DEFAULTS)
+    return run_dir
 
 
 if __name__ == "__main__":

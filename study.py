@@ -106,18 +106,17 @@ def _varied(base: Recipe, name: object, changes: dict) -> Recipe:
 
 
 def _changed(recipe: Recipe, where: str, changes: dict, name: str) -> Recipe:
-    """Unlike with `get_recipe`, a change to null, None, is one."""
     unknown = changes.keys() - {f.name for f in fields(Recipe) if f.name != "name"}
     if unknown:
         raise ValueError(f"{where}: a recipe has no field {min(unknown)!r} to change")
     try:
-        return replace(recipe, **changes, name=name)
+        return replace(recipe, **changes, name=name)  # not get_recipe: null mustn't pass for "keep"
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that comes twice, of which YAML silently keeps the last."""
+    """Refuses a name that comes twice, of which YAML silently keeps the last; reads 1e-3."""
 
     def construct_mapping(self, node, deep=False):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -125,6 +124,12 @@ class _Loader(yaml.SafeLoader):
             if names.count(name) > 1:
                 raise yaml.YAMLError(f"{name!r} comes twice")
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, as PyYAML has it, takes a number with an exponent but no point for text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _mapping(what: str, value: object) -> dict:

@@ -19,21 +19,23 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from cifar10 import Data, load, title
 from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
-from run_directory import RunError, refuse_another_run
+from run_directory import RunError, is_finished, refuse_another_run
 from study import Study, load_study
 from training import ROOT, check_settings, identity, pick_device, run_folder, train
 
 __all__ = ["train_many"]
 
-JOBS_ON_A_GPU = 8  # a guess, not yet measured: each needs a core to feed it and 1 GB of the GPU
+JOBS_ON_A_GPU = 8  # a guess, not yet measured: each takes some 1 GB of it, and a core to feed it
 
 
 def train_many(
@@ -57,10 +59,10 @@ def train_many(
         seeds: whole numbers.
         protocol, dataset, device: as for `train`.
         folder: where the run directories go, called `<recipe>-<protocol>-seed<seed>`.
-        jobs: how many at once; None is one a core on a CPU, up to 8 on a GPU. The cores are
-            shared out among them, and each thread count rounds in its own way: for the same bits
-            give the same number of jobs. It doesn't matter how many runs are finished already.
-        progress: print a line for each run that ends.
+        jobs: how many at once, of 1 to 2 GB each; None is one a core, on a GPU up to 8. The cores
+            are shared out among them, and each thread count rounds in its own way: for the same
+            bits give the same number of jobs, however many runs are finished already.
+        progress: print a line for each run that ends, and on a terminal draw a bar of the epochs.
 
     Returns:
         What each metrics.json holds, recipe by recipe, in the order of the seeds.
@@ -68,16 +70,16 @@ def train_many(
     Raises:
         ValueError: bad input, before anything is run. DataError: so for the data set.
         RunError: a run directory holds another run, before anything is run; or some runs failed,
-            which are named, and all others are finished.
+            which are named, and all others are finished; or a process was killed.
     """
     data = dataset if isinstance(dataset, Data) else load(dataset)
     tasks = _tasks([get_recipe(r) for r in recipes], list(seeds), protocol, ROOT / folder)
     for recipe, seed, run_dir in tasks:
         refuse_another_run(run_dir, identity(recipe, seed, protocol, data), DEFAULTS)
-    waiting = [task for task in tasks if not _finished(task[2])]
+    waiting = [task for task in tasks if not is_finished(task[2])]
     jobs, threads = _share_out(len(tasks), pick_device(device), jobs)
     for *_, run_dir in tasks:
-        if progress and _finished(run_dir):
+        if progress and is_finished(run_dir):
             print(f"{run_dir.name}  kept: {_outcome(run_dir)}", flush=True)
     if not isinstance(dataset, Data):
         dataset, data = data.name, None  # each process loads it; this one has no more use for it
@@ -89,8 +91,14 @@ def train_many(
             work = partial(_train, protocol=protocol, dataset=dataset, device=device)
             futures = {pool.submit(work, *task): task[2] for task in waiting}
             try:
-                for future in as_completed(futures):
-                    _report(futures[future], future.exception(), failed, progress)
+                for future in _as_they_end(futures, waiting, progress):
+                    error = future.exception()
+                    if isinstance(error, BrokenProcessPool):  # which ends all others as well
+                        raise RunError(
+                            "a training process was killed, most likely as memory ran out: give "
+                            "fewer JOBS (jobs=), and what is trained so far is gone on from"
+                        ) from error
+                    _report(futures[future], error, failed, progress)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in set(multiprocessing.active_children()) - others:
@@ -122,7 +130,7 @@ def _share_out(runs: int, device: torch.device, jobs: int | None) -> tuple[int, 
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
         raise ValueError(f"jobs must be a whole number of 1 or more; got {jobs!r}")
     cores = torch.get_num_threads()
-    jobs = jobs or (cores if device.type == "cpu" else JOBS_ON_A_GPU)
+    jobs = jobs or (cores if device.type == "cpu" else min(cores, JOBS_ON_A_GPU))
     jobs = max(1, min(jobs, runs))
     return jobs, max(1, cores // jobs)
 
@@ -142,8 +150,23 @@ def _begin_worker(threads: int) -> None:
     threading.Thread(target=end_with_the_sweep, daemon=True).start()
 
 
-def _finished(run_dir: Path) -> bool:
-    return (run_dir / "metrics.json").is_file()
+def _as_they_end(futures: dict, tasks: list[tuple], progress: bool):
+    """Yields each future that is done, and draws meanwhile how many epochs of all runs are."""
+    total, waiting = sum(recipe.epochs for recipe, *_ in tasks), set(futures)
+    hidden = None if progress else True  # None: unless on a terminal
+    with tqdm(total=total, unit="epoch", disable=hidden) as bar:
+        while waiting:
+            ended, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+            bar.clear()
+            yield from ended
+            bar.n = sum(_epochs(run_dir) for *_, run_dir in tasks)
+            bar.refresh()
+
+
+def _epochs(run_dir: Path) -> int:
+    """How many are finished so far."""
+    history = run_dir / "history.csv"
+    return len(history.read_text().splitlines()) - 1 if history.is_file() else 0
 
 
 def _train(recipe: Recipe, seed: int, run_dir: Path, **settings) -> None:

@@ -39,7 +39,7 @@ import ingredients
 from engine import CompiledNetwork, Memory, peak_memory
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, Recipe, check_choice, check_number, get_recipe
-from run_directory import RunError, claim, write, write_json
+from run_directory import RunError, claim, is_finished, write, write_json
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs, load_pretrained, run_path
 
 __all__ = [
@@ -88,7 +88,10 @@ def train(
     progress: bool = True,
     compile: bool | str = "auto",
 ) -> dict:
-    """Train `NetCIFAR10_Tiny` and write a run directory. Interrupted, the same call goes on.
+    """Train `NetCIFAR10_Tiny` and write a run directory.
+
+    The same call again goes on where it was interrupted, and returns what it returned before once
+    the run is finished.
 
     Args:
         recipe: a name in RECIPES, or a Recipe.
@@ -99,7 +102,7 @@ def train(
         dataset: a name for `cifar10.load`, or what it returned.
         device: auto (CUDA, else MPS, else CPU), or a torch device name.
         workers: loader processes for the per-sample builds; changes the speed, not the bits.
-        force: replace a run that is there already, if it is finished or another one.
+        force: begin anew where a run is there that is finished, or another one.
         progress: draw bars and print a line an epoch; False is silent.
         compile: True uses torch.compile, False does without, "auto" compiles for picture sizes
             that the run feeds COMPILE_FROM pictures of. It changes the speed, and of the numbers
@@ -109,9 +112,9 @@ def train(
         What metrics.json holds. Accuracies are percentages.
 
     Raises:
-        ValueError: bad input. RunError: the run directory is finished or holds another run, or
-        the loss is no longer finite. OSError: a file can't be written. In each case the run is
-        intact up to its last finished epoch.
+        ValueError: bad input. RunError: the run directory holds another run, or the loss is no
+        longer finite. OSError: a file can't be written. In each case the run is intact up to its
+        last finished epoch.
     """
     recipe = get_recipe(recipe)
     check_settings(recipe, protocol, seed)
@@ -134,6 +137,10 @@ def train(
     config = _config(recipe, seed, protocol, data, problem, device)
     who = identity(recipe, seed, protocol, data)
     with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable(device):
+        if is_finished(run_dir):
+            if progress:
+                print(f"Kept: {run_dir} is finished; FORCE=1 (force=True) would train it anew.")
+            return json.loads((run_dir / "metrics.json").read_text())
         _warn_if_elsewhere(begun, config)
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
         try:
@@ -455,7 +462,7 @@ def _teachers_run(recipe: Recipe) -> Path:
     """Its run directory, which has to be a finished one: its weights don't change any more."""
     here = ROOT / recipe.teacher  # as all relative paths of training
     folder = here if (here / "config.json").is_file() else run_path(recipe.teacher)
-    if not (folder / "metrics.json").is_file():
+    if not is_finished(folder):
         raise RunError(f"teacher {recipe.teacher!r} isn't finished: finish its run first")
     return folder
 

@@ -379,10 +379,9 @@ def plot_study(runs: Iterable[Run]) -> Figure:
     """
     base, *others = groups = study_groups(runs)
     figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * max(1, len(others))))
-    for row, (gain, error) in enumerate(gains(groups)):
-        clear = error is not None and abs(gain) > 2 * error
-        colour = GREY if not clear else GREEN if gain > 0 else RED
-        axes.errorbar(gain, row, xerr=error, fmt="o", color=colour, capsize=3)
+    for row, (points, error, clear) in enumerate(gains(groups)):
+        colour = GREY if not clear else GREEN if points > 0 else RED
+        axes.errorbar(points, row, xerr=error, fmt="o", color=colour, capsize=3)
     if not others:
         axes.annotate("no variation is finished yet", (0.5, 0.5), xycoords="axes fraction")
     axes.axvline(0, color=GREY, linestyle="--")
@@ -392,7 +391,7 @@ def plot_study(runs: Iterable[Run]) -> Figure:
     axes.margins(y=0.08)
     axes.set_xlabel(
         f"validation accuracy less the base's ({mean_std(settled(base))} %, n = {len(base)}), "
-        "points\nbars: one standard error; grey: within two, or not known"
+        "points\nbars: one standard error; grey: not clear of 0 (t-test at 5 %), or not known"
     )
     figure.suptitle(_wrapped(f"Variations of the base · {base[0].data_title}", figure))
     return figure
@@ -560,14 +559,14 @@ def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
 
 
 def _draw_group(axes: Axes, group: list[Run], colour) -> tuple[int, float, str, str]:
-    """One recipe's runs as a point with an error bar; returns what its label needs."""
+    """One recipe's runs as a point, of three with an error bar; returns what its label needs."""
     accuracies = [run.metrics["test_acc"] for run in group]
     mean, x = statistics.fmean(accuracies), group[0].metrics["params"]
-    std = statistics.stdev(accuracies) if len(group) > 1 else None
+    std = statistics.stdev(accuracies) if len(group) > 2 else None
     axes.errorbar(x, mean, std, fmt="D", color=colour, markersize=7, capsize=4)
     run = group[0]
     name = f"{run.config['recipe']['name']} · {run.protocol}: {mean_std(accuracies)}"
-    return x, mean, f"{name} (n = {len(group)})", colour
+    return x, mean, f"{name}, n = {len(group)}", colour
 
 
 def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import cifar10
 import ingredients
 from recipes import DEFAULTS, RECIPES, Recipe
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
-from training import HISTORY_COLUMNS, PROTOCOLS, log_probabilities
+from training import HISTORY_COLUMNS, PROTOCOLS, ROOT, log_probabilities
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PUBLISHED = RESULTS / "published.csv"
@@ -79,11 +80,14 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """Read a run directory, finished or not.
 
+    Args:
+        folder: a relative one from the current folder or else from the repository's root.
+
     Raises:
         FileNotFoundError: the folder isn't a run directory; lists those beside it.
         ValueError: a file in it isn't what training wrote.
     """
-    folder = Path(folder)
+    folder = _found(folder)
     if not (folder / "config.json").is_file():
         beside = ", ".join(sorted(f.parent.name for f in folder.parent.glob("*/config.json")))
         raise FileNotFoundError(
@@ -115,13 +119,20 @@ def load_runs(folders: Iterable[str | Path]) -> list[Run]:
 def find_runs(parent: str | Path) -> list[Run]:
     """All run directories directly below `parent`, sorted by name; there may be none.
 
+    Args:
+        parent: a relative one from the current folder or else from the repository's root.
+
     Raises:
         FileNotFoundError: no such folder.
     """
-    parent = Path(parent)
+    parent = _found(parent)
     if not parent.is_dir():
         raise FileNotFoundError(f"no folder {parent}: name one that holds run directories")
     return load_runs(sorted(file.parent for file in parent.glob("*/config.json")))
+
+
+def _found(folder: str | Path) -> Path:
+    return Path(folder) if Path(folder).is_dir() else ROOT / folder
 
 
 def _read_json(file: Path, needed: Sequence[str]) -> dict:
@@ -265,7 +276,9 @@ def grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
         if run.metrics is None:
             continue
         recipe = DEFAULTS | run.config["recipe"]  # a field that came later had its default
-        key = (json.dumps(recipe, sort_keys=True), run.data_title, run.protocol)
+        # The teacher's weights as well: what a name stands for may change.
+        teacher = run.config.get("teacher_sha256")
+        key = (json.dumps(recipe, sort_keys=True), teacher, run.data_title, run.protocol)
         seeds = groups.setdefault(key, {})
         if run.config["seed"] in seeds:
             repeats.append(run.name)
@@ -277,9 +290,12 @@ def study_groups(runs: Iterable[Run]) -> list[list[Run]]:
     """The runs of each variation, the base first, then best first.
 
     Raises:
-        ValueError: not one base with a finished run, or runs under another protocol than `val`.
+        ValueError: not one base with a finished run, or runs under another protocol than `val`, or
+            on different data.
     """
     groups, _ = grouped(runs)
+    if len({group[0].data_title for group in groups}) > 1:
+        raise ValueError("a study compares on the same data: pass the runs on one data set only")
     if any(group[0].config["protocol"] != "val" for group in groups):
         raise ValueError("a study compares on validation: pass runs under the protocol val only")
     base = [group for group in groups if variation_name(group) == "base"]
@@ -301,8 +317,20 @@ def settled(group: list[Run]) -> list[float]:
     return [run.metrics["val_acc"] for run in group]
 
 
-def gains(groups: list[list[Run]]) -> list[tuple[float, float | None]]:
-    """What each group but the first gains over the first, and the gain's standard error.
+class Gain(NamedTuple):
+    """What a variation gains over the base, in points, with its standard error over seeds."""
+
+    points: float
+    error: float | None
+    clear: bool  # of 0: a two-sided t-test at 5 %, for this variation alone
+
+
+# Student's t, the 97.5 % quantile for 1, 2, ... degrees of freedom; for more, the last will do.
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+
+
+def gains(groups: list[list[Run]]) -> list[Gain]:
+    """What each group but the first gains over the first.
 
     The spread over seeds is taken to be the same for all and estimated from all groups together,
     s² = sum of (n_i - 1) s_i² / sum of (n_i - 1): two or three seeds each say too little. The
@@ -316,14 +344,14 @@ def gains(groups: list[list[Run]]) -> list[tuple[float, float | None]]:
     if differences > 1:
         squares = sum((len(v) - 1) * statistics.variance(v) for v in repeated)
         spread = math.sqrt(squares / differences)
-    base = values[0]
-    return [
-        (
-            statistics.fmean(v) - statistics.fmean(base),
-            None if spread is None else spread * math.sqrt(1 / len(v) + 1 / len(base)),
-        )
-        for v in values[1:]
-    ]
+    base, found = values[0], []
+    for v in values[1:]:
+        points, error, clear = statistics.fmean(v) - statistics.fmean(base), None, False
+        if spread is not None:
+            error = spread * math.sqrt(1 / len(v) + 1 / len(base))
+            clear = abs(points) > T[min(differences, len(T)) - 1] * error
+        found.append(Gain(points, error, clear))
+    return found
 
 
 @dataclass(frozen=True)

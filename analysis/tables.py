@@ -62,6 +62,32 @@ def recipe_table(recipe: Recipe) -> str:
     return _table(("field", "this recipe", "reference"), rows, text_columns=3)
 
 
+def recipes_table(recipes: Iterable[Recipe]) -> str:
+    """Recipes side by side: the fields in which they differ, a dash where one isn't used."""
+    recipes = list(recipes)
+    rows = []
+    for name in asdict(recipes[0]):
+        values = [_used(recipe, name) for recipe in recipes]
+        if name != "name" and len(set(values)) > 1:
+            rows.append((f"`{name}`", *values))
+    return _table(("", *(f"`{recipe.name}`" for recipe in recipes)), rows)
+
+
+def _used(recipe: Recipe, name: str) -> str:
+    unused = {
+        "muon_lr": not recipe.optimizer.startswith("muon"),
+        "momentum": recipe.optimizer == "adamw",
+        "warmup": recipe.schedule not in ("one_cycle", "cosine"),
+        "plateau_factor": recipe.schedule != "plateau",
+        "plateau_patience": recipe.schedule != "plateau",
+        "grow": recipe.start_side == 32,
+        "teaching": recipe.teacher is None,
+        "temperature": recipe.teacher is None,
+    }
+    value = getattr(recipe, name)
+    return "–" if value is None or unused.get(name) else str(value)
+
+
 def metrics_table(run: Run, times: bool = False) -> str:
     """The final metrics of a run, or how far it is.
 
@@ -122,7 +148,7 @@ def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
     rows += [_group_row(group) for group in groups] + [_unfinished_row(run) for run in unfinished]
     header = ("recipe", "data", "protocol", "seeds", "parameters", "epochs")
     header += ("validation, %", "test, %", "test with flip, %", "test loss")
-    notes = ["Accuracies: mean ± sample standard deviation over seeds."]
+    notes = ["Mean ± sample standard deviation over seeds; of two seeds both figures."]
     if repeats:
         notes.append(f"Left out, as their seed is there already: {', '.join(repeats)}.")
     return f"{_table(header, rows, text_columns=3)}\n{' '.join(notes)}\n"
@@ -140,8 +166,8 @@ def study_table(runs: Iterable[Run]) -> str:
     runs = as_list(runs)
     base, *others = groups = study_groups(runs)
     rows = [("base", "", f"n = {len(base)}", mean_std(settled(base)), "–")]
-    for group, (gain, error) in zip(others, gains(groups), strict=True):
-        shown = f"{gain:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+    for group, (points, error, _) in zip(others, gains(groups), strict=True):
+        shown = f"{points:+.2f}" + ("" if error is None else f" ± {error:.2f}")
         changes = _changes(base[0], group[0])
         rows.append(
             (variation_name(group), changes, f"n = {len(group)}", mean_std(settled(group)), shown)
@@ -150,7 +176,7 @@ def study_table(runs: Iterable[Run]) -> str:
     epochs = counted(base[0].config["recipe"]["epochs"], "epoch")
     note = (
         f"{base[0].data_title}, {epochs} unless said otherwise. Accuracy: mean ± standard "
-        "deviation over seeds; gain: ± its standard error, over seeds only."
+        "deviation over seeds (of two, both figures); gain: ± its standard error, over seeds only."
     )
     waiting = sum(run.metrics is None for run in runs)
     if waiting:
@@ -415,9 +441,12 @@ def _table(header: Sequence, rows: Iterable[Sequence], text_columns: int = 1) ->
 
 
 def mean_std(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """Mean ± sample standard deviation; of two values both, which may agree by chance."""
     mean = f"{statistics.fmean(values):{sign}.{digits}f}"
     if len(values) == 1:
         return mean
+    if len(values) == 2:
+        return f"{mean} ({values[0]:{sign}.{digits}f}, {values[1]:{sign}.{digits}f})"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 

@@ -19,6 +19,7 @@ from torch import nn
 import analysis
 import cifar10
 from analysis.measures import augmented
+from analysis.runs import gains
 from recipes import RECIPES
 from tiny_cifar10_net import NetCIFAR10_Tiny
 
@@ -361,7 +362,7 @@ def test_a_study_is_compared_with_its_base(a_study):
     assert header[3] == "validation, %" and base[:3] == ["base", "", "n = 2"]
     spread = math.sqrt((statistics.variance([40, 42]) + statistics.variance([45, 49])) / 2)
     assert higher == [
-        "higher rate", "`lr=0.2`", "n = 2", f"47.00 ± {8**0.5:.2f}", f"+6.00 ± {spread:.2f}",
+        "higher rate", "`lr=0.2`", "n = 2", "47.00 (45.00, 49.00)", f"+6.00 ± {spread:.2f}",
     ]  # fmt: skip
     error = spread * math.sqrt(1 + 1 / 2)
     assert worse == ["worse", "`lr=0.05`", "n = 1", "35.00", f"-6.00 ± {error:.2f}"]
@@ -377,6 +378,28 @@ def test_a_study_is_compared_with_its_base(a_study):
 def test_a_study_never_compares_on_test(write_run):
     with pytest.raises(ValueError, match="on validation"):
         analysis.study_table([write_run(recipe="base", protocol="full")])
+
+
+def test_a_study_never_compares_across_data(a_study):
+    a_study[0].config["limit"] = 200
+    with pytest.raises(ValueError, match="on one data set only"):
+        analysis.study_table(a_study)
+
+
+def test_a_gain_is_clear_where_a_t_test_says_so(write_run):
+    """Two seeds and two: of 2 degrees of freedom, where 4.30 standard errors are asked for."""
+
+    def gain(accuracies):
+        groups = [
+            [write_run(f"{name}{a}{accuracies}", seed=seed, val_acc=a) for seed, a in enumerate(of)]
+            for name, of in (("base", (40.0, 42.0)), ("other", accuracies))
+        ]
+        return gains(groups)[0]
+
+    assert gain((43.0, 45.0)).error == pytest.approx(math.sqrt(2))
+    assert not gain((46.0, 48.0)).clear, "6 = 4.24 standard errors"
+    assert gain((46.2, 48.2)).clear, "6.2 = 4.38 standard errors"
+    assert gain((33.8, 35.8)).clear
 
 
 def test_the_study_figure_shows_each_variation(a_study):
@@ -410,10 +433,9 @@ def test_choosing_on_test_is_shown_for_what_it_is(write_run):
     assert shown["seeds"] == "n = 2" and shown["chosen on"] == "test"
     assert shown["protocol"] == "test-selected: epoch chosen on test"
     assert shown["chosen epoch"] == "2–3"
-    spread = statistics.stdev
-    assert shown["there, %"] == f"61.00 ± {spread([60, 62]):.2f}"
-    assert shown["chosen − last"] == f"+1.50 ± {spread([2, 1]):.2f}"
-    assert shown["highest − last"] == f"+2.00 ± {spread([3, 1]):.2f}"
+    assert shown["there, %"] == "61.00 (60.00, 62.00)"
+    assert shown["chosen − last"] == "+1.50 (+2.00, +1.00)"
+    assert shown["highest − last"] == "+2.00 (+3.00, +1.00)"
     assert "chose its epoch" in analysis.choice_table(runs[2:])
 
 
@@ -727,7 +749,7 @@ def test_accuracy_vs_params_leaves_out_what_is_not_comparable(write_run):
         write_run("e", seed=2, finished=False),
     ]
     text = texts(analysis.plot_accuracy_vs_params(runs))
-    assert "quick · val: 88.50 ± 0.71 (n = 2)" in text and "Left out: 3 runs" in text
+    assert "quick · val: 88.50 (88.00, 89.00), n = 2" in text and "Left out: 3 runs" in text
     assert "99.00" not in text and "33.00" not in text and "Tiniest" in text
     assert "(n =" not in texts(analysis.plot_accuracy_vs_params(runs[2]))
 

@@ -24,3 +24,8 @@ def test_a_pretrained_one_knows_its_classes():
 def test_a_pretrained_one_has_its_own_options():
     with pytest.raises(ValueError, match="leave out \\['width'\\]"):
         load(pretrained=True, width=2.0)
+
+
+def test_a_new_one_is_no_runs():
+    with pytest.raises(ValueError, match="say pretrained=True"):
+        load(run="baseline")

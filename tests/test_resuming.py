@@ -209,16 +209,25 @@ def test_a_checkpoint_of_an_earlier_version_is_left_alone(tiny, tmp_path, monkey
     assert contents(tmp_path / "run") == before
 
 
-def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path):
+def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path, capsys):
     before = contents(whole)
-    with pytest.raises(RunError, match=r"finished, and kept: .*FORCE=1.*another name"):
-        train(SIX_EPOCHS, whole, dataset=tiny, progress=False)
-    assert contents(whole) == before
+    metrics = train(SIX_EPOCHS, whole, dataset=tiny)
+    assert metrics == json.loads((whole / "metrics.json").read_text())
+    assert "is finished; FORCE=1" in capsys.readouterr().out and contents(whole) == before
     other = get_recipe(SMALL, epochs=1)
-    train(SIX_EPOCHS, tmp_path / "r", dataset=tiny, progress=False)
+    with pytest.raises(RunError, match=r"recipe\.epochs is 6 there and 1 now.*FORCE=1"):
+        train(other, whole, dataset=tiny, progress=False)
+    assert contents(whole) == before
+    shutil.copytree(whole, tmp_path / "r")
+    for page in ("stats.ipynb", "training.ipynb", "analysis.html"):
+        (tmp_path / "r" / page).write_text("of the run before")
     metrics = train(other, tmp_path / "r", dataset=tiny, force=True, progress=False)
     assert metrics["epochs_run"] == 1
     assert json.loads((tmp_path / "r" / "config.json").read_text())["recipe"]["epochs"] == 1
+    assert {p.name for p in (tmp_path / "r").glob("*.*ml")} == set()
+    assert {p.name for p in (tmp_path / "r").glob("*.ipynb")} == {"stats.ipynb"}, "of the data"
+    forced = train(other, tmp_path / "r", seed=0, dataset=tiny, force=True, progress=False)
+    assert forced["seconds_train"] != metrics["seconds_train"], "trained anew"
 
 
 def test_a_forced_run_that_was_interrupted_goes_on_too(tiny, whole, tmp_path, monkeypatch):
@@ -234,7 +243,7 @@ def test_a_forced_run_that_was_interrupted_goes_on_too(tiny, whole, tmp_path, mo
     assert_same_outcome(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("removed", range(1, 5))
+@pytest.mark.parametrize("removed", (1, *range(5, 9)))
 def test_a_run_that_was_half_removed_is_no_others_to_go_on_with(
     tiny, whole, tmp_path, monkeypatch, removed
 ):

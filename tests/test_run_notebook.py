@@ -1,11 +1,14 @@
 """Running notebooks headless: names are checked, errors are short, good notebooks are kept."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import nbformat
 import pytest
 
 import run_notebook
+from recipes import RECIPES
 from run_notebook import _literal, run_notebooks
 
 
@@ -69,6 +72,7 @@ def test_a_failed_notebook_says_why_and_keeps_the_good_one(notebooks, tmp_path):
         ("False", False),
         ("false", False),
         ("None", None),
+        ("none", "none"),  # a policy
         ("one_cycle", "one_cycle"),
         ("['none', 'light']", ["none", "light"]),
     ],
@@ -92,6 +96,7 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--protocol", "test"], "error: unknown protocol 'test'; valid: val, full, test-selected"),
         (["--seed", "one"], "error: seed must be a whole number from 0"),
         (["--force", "no"], "error: FORCE must be 0 or 1, not 'no'"),
+        (["-p", "force", "2"], "error: FORCE must be 0 or 1, not 2"),
         (["-p", "protocol", "test"], "error: unknown protocol 'test'"),
         (["-p", "changes", "{'optimiser': 'sgd'}"], "error: unknown recipe field 'optimiser'"),
         (["-p", "changes", "muon"], "error: changes must be a mapping .* got 'muon'"),
@@ -105,6 +110,7 @@ def test_what_training_would_refuse_is_refused_at_once(in_this_process, tmp_path
 
 def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder(in_this_process):
     settings = {"recipe": "quick", "protocol": "val", "seed": 1, "run_dir": ""}
+    settings |= {"dataset": "auto", "force": False}
     folder = run_notebook._run_dir(["training"], dict(settings), {"epochs": 9, "limit": 200})
     assert folder.name == "quick-epochs=9-val-seed1"
     changes = {"epochs": None, "changes": {"optimizer": "adamw", "epochs": 9}}
@@ -115,18 +121,60 @@ def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder(in_this_pr
     assert run_notebook._run_dir(["tuning_CNN_CIFAR10"], settings, {}).name == "tour"
 
 
-def test_where_training_is_done_only_the_notebooks_left_are_run(tmp_path):
-    settings = {"recipe": "quick", "protocol": "val", "seed": 0, "force": False}
+@pytest.fixture
+def a_run(tmp_path):
+    """What tells a finished run of `quick` from another."""
+    config = {"recipe": {**asdict(RECIPES["quick"])}, "seed": 0, "protocol": "val"}
+    config |= {"dataset": "shapes", "limit": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "metrics.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["--seed", "1"], "seed is 0 there and 1 now"),
+        (["--recipe", "tuned"], "recipe.epochs is 8 there and 50 now"),
+        (["--dataset", "cifar10"], "dataset is 'shapes' there and 'cifar10' now"),
+        (["-p", "limit", "2000"], "limit is None there and 2000 now"),
+    ],
+)
+def test_another_run_is_refused_before_its_notebooks_are_touched(
+    in_this_process, a_run, settings, says
+):
+    with pytest.raises(SystemExit, match=says):
+        run_notebook.main(["stats", "training", "analysis", "--run", str(a_run), *settings])
+    assert {p.name for p in a_run.iterdir()} == {"config.json", "metrics.json"}
+
+
+def test_a_run_of_these_settings_is_gone_on_with(in_this_process, a_run, monkeypatch):
+    executed = []
+    monkeypatch.setattr(run_notebook, "_execute", lambda name, *_: executed.append(name))
     names = ["stats", "training", "analysis"]
-    assert run_notebook._remaining(names, tmp_path, settings) == names
-    for written in ("metrics.json", "stats.ipynb", "training.ipynb"):
-        (tmp_path / written).write_text("{}")
-    assert run_notebook._remaining(names, tmp_path, settings) == ["analysis"]
-    assert run_notebook._remaining(names, tmp_path, settings | {"force": True}) == names
+    run_notebook.main([*names, "--run", str(a_run)])
+    run_notebook.main([*names, "--run", str(a_run), "--recipe", "tuned", "--force", "1"])
+    run_notebook.main(["analysis", "--run", str(a_run), "--recipe", "tuned"])  # looks at what it is
+    assert executed == [*names, *names, "analysis"]
 
 
-def test_a_finished_run_is_refused_at_once(tmp_path):
-    for written in ("metrics.json", "stats.ipynb"):
-        (tmp_path / written).write_text("{}")
-    with pytest.raises(SystemExit, match=r"error: the run in .* is finished, and kept.*FORCE=1"):
-        run_notebook.main(["stats", "training", "--run", str(tmp_path)])
+def test_analysis_needs_a_run(in_this_process, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: no run in .*typo: train it first"):
+        run_notebook.main(["analysis", "--run", str(tmp_path / "typo")])
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no room"), KeyboardInterrupt()], ids=repr)
+def test_whoever_forced_is_told_not_to_do_so_twice(in_this_process, a_run, monkeypatch, failure):
+    """The new run is trained, and then a notebook fails, or is interrupted."""
+
+    def fails(name, run_dir, *_):
+        (run_dir / "metrics.json").touch()
+        raise failure
+
+    monkeypatch.setattr(run_notebook, "_execute", fails)
+    with pytest.raises(SystemExit, match="leave out FORCE=1"):
+        run_notebook.main(["training", "--run", str(a_run), "--force", "1"])
+    with pytest.raises(SystemExit) as caught:
+        run_notebook.main(["training", "--run", str(a_run)])
+    assert "FORCE" not in str(caught.value)

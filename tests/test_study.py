@@ -8,6 +8,7 @@ import yaml
 import sweep
 from recipes import RECIPES, get_recipe
 from study import ROOT, load_study
+from tiny_cifar10_net import run_path
 
 SMALL = {
     "about": "Is a higher rate better?",
@@ -48,7 +49,15 @@ def test_null_is_a_change_as_well(write):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_studies_here_can_be_run(file):
-    assert load_study(file.relative_to(ROOT)).recipes
+    study = load_study(file.relative_to(ROOT))
+    for teacher in {recipe.teacher for recipe in study.recipes} - {None}:
+        assert (run_path(teacher) / "metrics.json").is_file(), teacher
+
+
+def test_numbers_are_numbers(write):
+    file = write()
+    file.write_text(file.read_text().replace("lr: 0.1", "lr: 1e-3"))
+    assert load_study(file).recipes[1].lr == 1e-3
 
 
 @pytest.mark.parametrize(

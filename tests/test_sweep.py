@@ -1,6 +1,7 @@
 """Many runs at once: ordinary run directories, each as `train` would have made it alone."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,6 +46,16 @@ def test_a_failure_stops_no_other_run(tiny, tmp_path):
     with pytest.raises(RunError, match=r"1 of 2 runs failed.*failing-val-seed0: .*lower lr"):
         train_many([FAILING, SMALL], dataset=tiny, folder=tmp_path, progress=False)
     assert json.loads((tmp_path / "small-val-seed0" / "metrics.json").read_text())["seed"] == 0
+
+
+def die(*_, **__):
+    os._exit(9)  # as the kernel ends a process where memory runs out
+
+
+def test_a_killed_process_is_named_and_loses_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_train", die)
+    with pytest.raises(RunError, match=r"a training process was killed.*fewer JOBS"):
+        train_many([SMALL], seeds=[0, 1], dataset=tiny, folder=tmp_path, progress=False)
 
 
 def test_a_killed_sweep_leaves_nothing_training(tmp_path):
@@ -99,6 +110,8 @@ def test_cores_are_shared_out(monkeypatch):
     assert sweep._share_out(3, cpu, None) == (3, 5)
     assert sweep._share_out(100, cpu, 4) == (4, 4)
     assert sweep._share_out(100, gpu, None) == (8, 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert sweep._share_out(100, gpu, None) == (2, 1)
 
 
 def test_a_run_on_other_data_is_not_passed_off_as_this_one(tiny, tmp_path):
