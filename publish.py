@@ -165,6 +165,7 @@ def with_tables(page: Path, runs: list[analysis.Run]) -> str:
     else:
         tables = {
             "results": analysis.runs_table(runs, reference=True),
+            "recipes": analysis.recipes_table(RECIPES.values()),
             "speed": speed_table(json.loads(BENCHMARK.read_text())),
         }
     for name, table in tables.items():

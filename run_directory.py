@@ -27,8 +27,6 @@ __all__ = [
 ]
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
-# What tells of a run, and would tell of the wrong one once it is replaced.
-PAGES = ("training.ipynb", "training.html", "analysis.ipynb", "analysis.html")
 
 
 class RunError(RuntimeError):
@@ -59,7 +57,7 @@ def is_finished(run_dir: Path) -> bool:
 
 def _remove(run_dir: Path) -> None:
     """All files, config.json last: killed meanwhile, it is still known whose the others are."""
-    for name in (*PAGES, *reversed(FILES)):
+    for name in reversed(FILES):
         (run_dir / name).unlink(missing_ok=True)
 
 

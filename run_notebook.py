@@ -76,6 +76,9 @@ def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) 
     for name in names:
         _say(f"notebooks/{name}.ipynb -> {shown}/{name}.ipynb")
         _execute(name, run_dir, {k: v for k, v in given.items() if k in declared[name]})
+        if name == "training" and settings.get("force"):
+            for page in ("analysis.ipynb", "analysis.html"):  # of the run that was there before
+                (run_dir / page).unlink(missing_ok=True)
 
 
 def _execute(name: str, run_dir: Path, parameters: dict) -> None:

@@ -30,8 +30,10 @@ from analysis.measures import (
     effective_receptive_field,
 )
 from analysis.runs import (
+    Answers,
     Network,
     Run,
+    answers,
     find_runs,
     load_data,
     load_model,
@@ -39,7 +41,6 @@ from analysis.runs import (
     load_runs,
     published_networks,
     published_run,
-    test_log_probabilities,
 )
 from analysis.tables import (
     batch_check,
@@ -52,6 +53,7 @@ from analysis.tables import (
     layer_table,
     metrics_table,
     recipe_table,
+    recipes_table,
     runs_table,
     separable_table,
     show,
@@ -65,9 +67,11 @@ __all__ = [
     "find_runs",
     "load_data",
     "load_model",
-    "test_log_probabilities",
+    "Answers",
+    "answers",
     "show",
     "recipe_table",
+    "recipes_table",
     "metrics_table",
     "runs_table",
     "study_table",

@@ -25,12 +25,12 @@ from analysis.measures import (
     augmented,
     calibration,
     check_at_least,
-    checked,
     confusion_matrix,
     effective_receptive_field,
     share_within,
 )
 from analysis.runs import (
+    Answers,
     Run,
     as_list,
     comparable,
@@ -226,19 +226,10 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
 
 
 @_styled
-def plot_confusion(
-    log_p: np.ndarray, labels: np.ndarray, classes: Sequence[str], title: str
-) -> Figure:
-    """The confusion matrix: counts in the cells, the share of the true class as colour.
-
-    Args:
-        log_p: log-probabilities (N, classes).
-        labels: integers (N,).
-        classes: names, by label.
-        title: what the numbers rest on: a run's title.
-    """
-    predicted = checked(log_p, labels).argmax(axis=1)
-    counts = confusion_matrix(labels, predicted, len(classes))
+def plot_confusion(answers: Answers) -> Figure:
+    """The confusion matrix: counts in the cells, the share of the true class as colour."""
+    classes = answers.classes
+    counts = confusion_matrix(answers.labels, answers.predicted, len(classes))
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = plt.subplots(figsize=(7.5, 6.4))
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
@@ -251,17 +242,15 @@ def plot_confusion(
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.colorbar(picture, label="share of the true class, %", shrink=0.8)
-    figure.suptitle(_wrapped(f"Confusion matrix, test pictures · {title}", figure))
+    figure.suptitle(_wrapped(f"Confusion matrix · {answers.title}", figure))
     return figure
 
 
 @_styled
-def plot_per_class(
-    log_p: np.ndarray, labels: np.ndarray, classes: Sequence[str], title: str
-) -> Figure:
-    """Accuracy class by class, best first, beside the whole; arguments as in `plot_confusion`."""
-    predicted = checked(log_p, labels).argmax(axis=1)
-    counts = confusion_matrix(labels, predicted, len(classes))
+def plot_per_class(answers: Answers) -> Figure:
+    """Accuracy class by class, best first, beside the whole."""
+    classes = answers.classes
+    counts = confusion_matrix(answers.labels, answers.predicted, len(classes))
     accuracy = 100 * counts.diagonal() / np.maximum(counts.sum(axis=1), 1)
     overall = 100 * counts.trace() / counts.sum()
     order = np.argsort(-accuracy, kind="stable")
@@ -275,25 +264,18 @@ def plot_per_class(
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 108)
-    axes.set_xlabel(f"accuracy on the test pictures, % (dashed: all classes, {overall:.2f} %)")
-    figure.suptitle(_wrapped(f"Accuracy by class · {title}", figure))
+    axes.set_xlabel(f"accuracy, % (dashed: all classes, {overall:.2f} %)")
+    figure.suptitle(_wrapped(f"Accuracy by class · {answers.title}", figure))
     return figure
 
 
 @_styled
-def plot_mistakes(
-    log_p: np.ndarray, data: cifar10.Data, n: int = 16, title: str | None = None
-) -> Figure:
-    """The `n` test pictures that the network gets wrong and is surest of, surest first.
-
-    Args:
-        log_p: log-probabilities of data's test pictures, (N, classes).
-        title: what the figure rests on; None is the data's title.
-    """
+def plot_mistakes(answers: Answers, n: int = 16) -> Figure:
+    """The `n` pictures that the network gets wrong and is surest of, surest first."""
     check_at_least("n", n, 1)
-    predicted = checked(log_p, data.test_labels).argmax(axis=1)
-    confidence = np.exp(log_p.max(axis=1))
-    wrong = np.flatnonzero(predicted != data.test_labels)
+    labels, predicted, classes = answers.labels, answers.predicted, answers.classes
+    confidence = np.exp(answers.log_p.max(axis=1))
+    wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:n]
     columns = min(8, max(4, len(worst)))
     rows = max(1, -(-len(worst) // columns))
@@ -301,22 +283,21 @@ def plot_mistakes(
     for axes in all_axes.flat:
         axes.axis("off")
     for axes, i in zip(all_axes.flat, worst, strict=False):
-        axes.imshow(data.test_images[i])
-        true, taken = data.classes[data.test_labels[i]], data.classes[predicted[i]]
+        axes.imshow(answers.images[i])
+        true, taken = classes[labels[i]], classes[predicted[i]]
         axes.set_title(f"{true}\n→ {taken}\n{100 * confidence[i]:.1f} %", fontsize=9)
     what = f"{len(worst)} surest of {counted(len(wrong), 'mistake')}: true → predicted, probability"
-    what = what if len(wrong) else "No mistake on the test pictures"
-    figure.suptitle(_wrapped(f"{what} · {title or data.title}", figure))
+    figure.suptitle(_wrapped(f"{what if len(wrong) else 'No mistake'} · {answers.title}", figure))
     return figure
 
 
 @_styled
-def plot_reliability(log_p: np.ndarray, labels: np.ndarray, title: str, bins: int = 15) -> Figure:
+def plot_reliability(answers: Answers, bins: int = 15) -> Figure:
     """Reliability diagram: accuracy by confidence, how many predictions lie there, and the ECE.
 
-    Arguments as in `calibration`, where the source is.
+    For the bins and the source see `calibration`.
     """
-    rows, ece = calibration(log_p, labels, bins)
+    rows, ece = calibration(answers.log_p, answers.labels, bins)
     filled = [row for row in rows if row.count]
     centres, width = [(row.low + row.high) / 2 for row in filled], 0.94 / bins
     sizes = {"height_ratios": (3, 1)}
@@ -331,7 +312,7 @@ def plot_reliability(log_p: np.ndarray, labels: np.ndarray, title: str, bins: in
     top.legend(loc="upper left", title=f"ECE {100 * ece:.2f} %", alignment="left")
     bottom.bar(centres, [row.count for row in filled], width, color=GREY)
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="predictions")
-    figure.suptitle(_wrapped(f"Reliability, test pictures · {title}", figure))
+    figure.suptitle(_wrapped(f"Reliability · {answers.title}", figure))
     return figure
 
 

@@ -16,6 +16,7 @@ import torch
 
 import cifar10
 import ingredients
+from analysis.measures import checked
 from recipes import DEFAULTS, RECIPES, Recipe
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
 from training import HISTORY_COLUMNS, PROTOCOLS, ROOT, log_probabilities
@@ -225,17 +226,66 @@ def load_model(run: Run) -> NetCIFAR10_Tiny:
     return load_pretrained(run.folder)
 
 
-def test_log_probabilities(run: Run, data: cifar10.Data) -> np.ndarray:
-    """What a run's network says of the test pictures: log-probabilities, float32 (N, classes).
+@dataclass(frozen=True)
+class Answers:
+    """What a network says of some pictures, and what is true of them.
+
+    Attributes:
+        log_p: log-probabilities (N, classes), N of 1 or more.
+        images: uint8 (N, 32, 32, 3).
+        labels: integers (N,).
+        classes: names, by label.
+        title: whose answers these are, and to which pictures; every figure made of them says so.
 
     Raises:
-        ValueError: `data` isn't what the run was trained on.
+        ValueError: log_p, images and labels that don't belong together.
+    """
+
+    log_p: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
+    classes: Sequence[str]
+    title: str
+
+    def __post_init__(self):
+        checked(self.log_p, self.labels)
+        if len(self.images) != len(self.labels):
+            raise ValueError(f"{len(self.images)} images, but {len(self.labels)} labels")
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The likeliest class of each picture: integers (N,)."""
+        return self.log_p.argmax(axis=1)
+
+
+def answers(run: Run, data: cifar10.Data, part: str | None = None) -> Answers:
+    """What the network of a run says of the test or the validation pictures.
+
+    Args:
+        part: test or validation; None is test, and validation while the run isn't finished.
+
+    Raises:
+        ValueError: `data` isn't what the run was trained on; there are no validation pictures, as
+            under other protocols than `val`; or a run that isn't finished is to be looked at on
+            test, which would be choosing by it.
     """
     require_its_data(run, data)
-    return log_probabilities(load_model(run), data.test_images, run.stats).numpy()
-
-
-test_log_probabilities.__test__ = False  # its name makes pytest take it for a test
+    if part not in (None, "test", "validation"):
+        raise ValueError(f"part must be test, validation or None; got {part!r}")
+    part = part or ("test" if run.metrics or selects_on(run) != "validation" else "validation")
+    if part == "test" and run.metrics is None and selects_on(run) != "test":
+        raise ValueError(
+            f"run {run.name} isn't finished, and the test set is used once, at its end"
+        )
+    if part == "validation" and selects_on(run) != "validation":
+        protocol = run.config["protocol"]
+        raise ValueError(f"run {run.name} has no validation pictures: its protocol is {protocol}")
+    images, labels = data.test_images, data.test_labels
+    if part == "validation":
+        held_back = cifar10.split(data.train_labels)[1]
+        images, labels = data.train_images[held_back], data.train_labels[held_back]
+    log_p = log_probabilities(load_model(run), images, run.stats).numpy()
+    return Answers(log_p, images, labels, data.classes, f"{part} pictures · {run.title}")
 
 
 def require_its_data(run: Run, data: cifar10.Data) -> None:

@@ -13,11 +13,11 @@ import augment
 import cifar10
 from analysis.measures import (
     check_at_least,
-    checked,
     confusion_matrix,
     normalised_moments,
 )
 from analysis.runs import (
+    Answers,
     Run,
     as_list,
     counted,
@@ -291,16 +291,11 @@ def fit_table(run: Run, data: cifar10.Data) -> str:
     return _table(("pictures", "how many", "accuracy", "loss"), rows)
 
 
-def confusion_table(
-    log_p: np.ndarray, labels: np.ndarray, classes: Sequence[str], top: int = 6
-) -> str:
-    """The pairs of classes that are mistaken for one another most often, both ways.
-
-    Args: as in `plot_confusion`; top: how many pairs.
-    """
+def confusion_table(answers: Answers, top: int = 6) -> str:
+    """The `top` pairs of classes that are mistaken for one another most often, both ways."""
     check_at_least("top", top, 1)
-    predicted = checked(log_p, labels).argmax(axis=1)
-    counts = confusion_matrix(labels, predicted, len(classes))
+    classes = answers.classes
+    counts = confusion_matrix(answers.labels, answers.predicted, len(classes))
     mistakes = counts.sum() - counts.trace()
     both = np.triu(counts + counts.T, k=1)
     order = np.argsort(-both, axis=None, kind="stable")[:top]

@@ -19,9 +19,10 @@ from torch import nn
 import analysis
 import cifar10
 from analysis.measures import augmented
-from analysis.runs import gains
+from analysis.runs import Answers, gains
 from recipes import RECIPES
 from tiny_cifar10_net import NetCIFAR10_Tiny
+from training import evaluate
 
 HISTORY = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 
@@ -93,6 +94,11 @@ def predictions(n=200, seed=0, sharpness=2.0):
     logits = rng.normal(size=(n, 10)).astype(np.float32)
     logits[np.arange(n), labels] += sharpness
     return torch.from_numpy(logits).log_softmax(1).numpy(), labels
+
+
+def answers_of(log_p, labels, classes=cifar10.CLASSES):
+    images = np.zeros((len(labels), 32, 32, 3), np.uint8)
+    return Answers(log_p, images, labels, classes, "test pictures · my run")
 
 
 def rows_of(markdown):
@@ -186,10 +192,14 @@ def test_damaged_files_are_named(write_run, file, content, message):
     assert file in str(caught.value)
 
 
-def test_log_probabilities_of_a_run(write_run, tiny):
+def test_answers_of_a_run(write_run, tiny):
     run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum)
-    log_p = analysis.test_log_probabilities(run, tiny)
+    answers = analysis.answers(run, tiny)
+    log_p = answers.log_p
     assert log_p.shape == (40, 10) and log_p.dtype == np.float32
+    assert answers.title == f"test pictures · {run.title}"
+    assert (answers.images is tiny.test_images) and (answers.labels is tiny.test_labels)
+    assert (answers.predicted == log_p.argmax(axis=1)).all()
     model = analysis.load_model(run)
     assert not model.training
     pixels = torch.from_numpy(tiny.test_images).permute(0, 3, 1, 2) / 255
@@ -200,7 +210,38 @@ def test_log_probabilities_of_a_run(write_run, tiny):
 
 def test_other_data_than_the_runs_is_refused(write_run, tiny):
     with pytest.raises(ValueError, match=r"CIFAR-10 .*not on shapes .*load_data"):
-        analysis.test_log_probabilities(write_run(), tiny)
+        analysis.answers(write_run(), tiny)
+
+
+def test_answers_on_validation(write_run, tiny):
+    how = {"dataset": "shapes", "limit": 200, "checksum": tiny.checksum}
+    run = write_run(**how)
+    on_validation = analysis.answers(run, tiny, "validation")
+    held_back = cifar10.split(tiny.train_labels)[1]
+    np.testing.assert_array_equal(on_validation.images, tiny.train_images[held_back])
+    np.testing.assert_array_equal(on_validation.labels, tiny.train_labels[held_back])
+    assert on_validation.title.startswith("validation pictures · quick · val")
+    alike = evaluate(
+        analysis.load_model(run), on_validation.images, on_validation.labels, run.stats
+    )
+    right = on_validation.predicted == on_validation.labels
+    assert alike[1] == pytest.approx(100 * right.mean())
+    with pytest.raises(ValueError, match="no validation pictures: its protocol is full"):
+        analysis.answers(write_run("b", protocol="full", **how), tiny, "validation")
+    with pytest.raises(ValueError, match="part must be test, validation or None"):
+        analysis.answers(run, tiny, "train")
+
+
+def test_the_test_set_is_left_alone_until_a_run_is_finished(write_run, tiny):
+    how = {"dataset": "shapes", "limit": 200, "checksum": tiny.checksum, "finished": False}
+    run = write_run(**how)
+    assert analysis.answers(run, tiny).title.startswith("validation")
+    with pytest.raises(ValueError, match="isn't finished, and the test set is used once"):
+        analysis.answers(run, tiny, "test")
+    with pytest.raises(ValueError, match="isn't finished"):
+        analysis.answers(write_run("b", protocol="full", **how), tiny)
+    chosen_on_it = write_run("c", protocol="test-selected", **how)
+    assert analysis.answers(chosen_on_it, tiny).title.startswith("test")
 
 
 def test_load_data_is_what_the_run_was_trained_on(write_run, tiny):
@@ -502,9 +543,10 @@ def test_confused_pairs_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2, 2])
     predicted = np.array([1, 1, 0, 0, 1, 0, 2])  # 0 and 1: twice and once; 2 for 0: once
     log_p = np.log(np.eye(3)[predicted] * 0.9 + 0.05)
-    table = analysis.confusion_table(log_p, labels, ("x", "y", "z"))
-    assert rows_of(table)[1:] == [["x, y", "2", "1", "75.0 %"], ["x, z", "0", "1", "25.0 %"]]
-    assert len(rows_of(analysis.confusion_table(log_p, labels, ("x", "y", "z"), top=1))) == 2
+    answers = answers_of(log_p, labels, ("x", "y", "z"))
+    rows = rows_of(analysis.confusion_table(answers))
+    assert rows[1:] == [["x, y", "2", "1", "75.0 %"], ["x, z", "0", "1", "25.0 %"]]
+    assert len(rows_of(analysis.confusion_table(answers, top=1))) == 2
 
 
 def test_confusion_matrix_by_hand():
@@ -698,20 +740,25 @@ def test_plot_history_of_many_names_each(write_run):
         analysis.plot_history([])
 
 
-def test_figures_of_predictions_name_the_run(tiny):
-    log_p, _ = predictions(len(tiny.test_labels))
+def test_figures_of_answers_say_whose_they_are():
+    answers = answers_of(*predictions(40))
     for figure in (
-        analysis.plot_confusion(log_p, tiny.test_labels, tiny.classes, "my title"),
-        analysis.plot_per_class(log_p, tiny.test_labels, tiny.classes, "my title"),
-        analysis.plot_reliability(log_p, tiny.test_labels, "my title"),
-        analysis.plot_mistakes(log_p, tiny, n=5, title="my title"),
+        analysis.plot_confusion(answers),
+        analysis.plot_per_class(answers),
+        analysis.plot_reliability(answers),
+        analysis.plot_mistakes(answers, n=5),
     ):
-        assert "my title" in texts(figure)
+        assert answers.title in texts(figure)
+    with pytest.raises(ValueError, match="log_p must be"):
+        replace(answers, labels=answers.labels[:3])
+    with pytest.raises(ValueError, match="3 images, but 40 labels"):
+        replace(answers, images=answers.images[:3])
 
 
 def test_confusion_figure_shows_the_counts():
     log_p = np.log([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]])
-    axes = analysis.plot_confusion(log_p, np.array([0, 0, 1, 1]), ("x", "y"), "t").axes[0]
+    answers = answers_of(log_p, np.array([0, 0, 1, 1]), ("x", "y"))
+    axes = analysis.plot_confusion(answers).axes[0]
     assert [t.get_text() for t in axes.texts] == ["2", "1", "1"]
     assert axes.images[0].get_array().tolist() == [[100, 0], [50, 50]]
 
@@ -723,14 +770,15 @@ def test_mistakes_are_the_surest_and_wrong(tiny):
     for i, p in ((3, 0.7), (5, 0.9)):
         log_p[i] = np.log((1 - p) / 9)
         log_p[i, (labels[i] + 1) % 10] = np.log(p)
-    figure = analysis.plot_mistakes(log_p, tiny)
+    answers = Answers(log_p, tiny.test_images, labels, tiny.classes, "t")
+    figure = analysis.plot_mistakes(answers)
     titles = [axes.get_title().split("\n") for axes in figure.axes if axes.get_title()]
     for (true, taken, sure), (i, p) in zip(titles, ((5, "90.0 %"), (3, "70.0 %")), strict=True):
         assert (true, sure) == (tiny.classes[labels[i]], p)
         assert taken == f"→ {tiny.classes[(labels[i] + 1) % 10]}"
     log_p[[3, 5]] = 0.0
     log_p[[3, 5], labels[[3, 5]]] = 1.0
-    assert "No mistake" in texts(analysis.plot_mistakes(log_p, tiny))
+    assert "No mistake" in texts(analysis.plot_mistakes(answers))
 
 
 def test_plot_effective_receptive_field(write_run, tiny):

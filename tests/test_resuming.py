@@ -219,13 +219,9 @@ def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path, capsys):
         train(other, whole, dataset=tiny, progress=False)
     assert contents(whole) == before
     shutil.copytree(whole, tmp_path / "r")
-    for page in ("stats.ipynb", "training.ipynb", "analysis.html"):
-        (tmp_path / "r" / page).write_text("of the run before")
     metrics = train(other, tmp_path / "r", dataset=tiny, force=True, progress=False)
     assert metrics["epochs_run"] == 1
     assert json.loads((tmp_path / "r" / "config.json").read_text())["recipe"]["epochs"] == 1
-    assert {p.name for p in (tmp_path / "r").glob("*.*ml")} == set()
-    assert {p.name for p in (tmp_path / "r").glob("*.ipynb")} == {"stats.ipynb"}, "of the data"
     forced = train(other, tmp_path / "r", seed=0, dataset=tiny, force=True, progress=False)
     assert forced["seconds_train"] != metrics["seconds_train"], "trained anew"
 
@@ -243,7 +239,7 @@ def test_a_forced_run_that_was_interrupted_goes_on_too(tiny, whole, tmp_path, mo
     assert_same_outcome(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("removed", (1, *range(5, 9)))
+@pytest.mark.parametrize("removed", range(1, 5))
 def test_a_run_that_was_half_removed_is_no_others_to_go_on_with(
     tiny, whole, tmp_path, monkeypatch, removed
 ):

@@ -153,7 +153,9 @@ def test_a_run_of_these_settings_is_gone_on_with(in_this_process, a_run, monkeyp
     monkeypatch.setattr(run_notebook, "_execute", lambda name, *_: executed.append(name))
     names = ["stats", "training", "analysis"]
     run_notebook.main([*names, "--run", str(a_run)])
+    (a_run / "analysis.html").write_text("of the run before")
     run_notebook.main([*names, "--run", str(a_run), "--recipe", "tuned", "--force", "1"])
+    assert not (a_run / "analysis.html").exists()
     run_notebook.main(["analysis", "--run", str(a_run), "--recipe", "tuned"])  # looks at what it is
     assert executed == [*names, *names, "analysis"]
 
