@@ -139,7 +139,7 @@ def train(
     with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable(device):
         if is_finished(run_dir):
             if progress:
-                print(f"Kept: {run_dir} is finished; FORCE=1 (force=True) would train it anew.")
+                print("This run is finished, and kept: FORCE=1 (force=True) would train it anew.")
             return json.loads((run_dir / "metrics.json").read_text())
         _warn_if_elsewhere(begun, config)
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)

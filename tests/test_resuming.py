@@ -213,7 +213,7 @@ def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path, capsys):
     before = contents(whole)
     metrics = train(SIX_EPOCHS, whole, dataset=tiny)
     assert metrics == json.loads((whole / "metrics.json").read_text())
-    assert "is finished; FORCE=1" in capsys.readouterr().out and contents(whole) == before
+    assert "is finished, and kept: FORCE=1" in capsys.readouterr().out and contents(whole) == before
     other = get_recipe(SMALL, epochs=1)
     with pytest.raises(RunError, match=r"recipe\.epochs is 6 there and 1 now.*FORCE=1"):
         train(other, whole, dataset=tiny, progress=False)
