@@ -158,9 +158,9 @@ def check_choice(name, value, valid):
 
 # The published reference's, number for number.
 _BASELINE = Recipe("baseline")
-# The reference's 50 epochs put to better use: Muon, AdamW for the rest, depthwise filters that start
-# by passing their input on, one cycle, batches that the caches hold, only light augmentation. What
-# was measured on the way: results/STUDY.md.
+# The reference's 50 epochs put to better use: Muon, AdamW for the rest, depthwise filters that
+# start by passing their input on, one cycle, batches that the caches hold, only light augmentation.
+# What was measured on the way: results/STUDY.md.
 _TUNED = Recipe(
     "tuned",
     epochs=50,
