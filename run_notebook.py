@@ -30,22 +30,27 @@ LONGEST = 15  # lines that a cell may print on the terminal; more is a table, fo
 
 def main(argv: list[str] | None = None) -> None:
     args, started = _arguments(argv), time.time() - 1  # the times of files are coarse
-    run_dir = None
+    run_dir, settings = None, {}
     try:
         settings, extra = _settings(args)
         run_dir = _run_dir(args.notebooks, settings, extra)  # refuses what training would refuse
         run_notebooks(args.notebooks, run_dir, settings, extra)
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}{_do_not_force_again(run_dir, started, args)}")
+        sys.exit(f"error: {error}{_do_not_force_again(run_dir, started, settings)}")
     except KeyboardInterrupt:
-        advice = _do_not_force_again(run_dir, started, args)
+        advice = _do_not_force_again(run_dir, started, settings)
         sys.exit(f"\ninterrupted; the same command goes on from the last finished epoch{advice}")
 
 
-def _do_not_force_again(run_dir: Path | None, started: float, args) -> str:
+def _do_not_force_again(run_dir: Path | None, started: float, settings: dict) -> str:
     """Where the command stopped after it had trained anew: the same would throw that away."""
     metrics = run_dir and run_dir / "metrics.json"
-    if args.force and metrics and metrics.is_file() and metrics.stat().st_mtime >= started:
+    if (
+        settings.get("force")
+        and metrics
+        and metrics.is_file()
+        and metrics.stat().st_mtime >= started
+    ):
         return "; the new run is trained: leave out FORCE=1, which would train it once more"
     return ""
 

@@ -175,8 +175,9 @@ def test_whoever_forced_is_told_not_to_do_so_twice(in_this_process, a_run, monke
         raise failure
 
     monkeypatch.setattr(run_notebook, "_execute", fails)
-    with pytest.raises(SystemExit, match="leave out FORCE=1"):
-        run_notebook.main(["training", "--run", str(a_run), "--force", "1"])
+    for force in (["--force", "1"], ["-p", "force", "True"]):
+        with pytest.raises(SystemExit, match="leave out FORCE=1"):
+            run_notebook.main(["training", "--run", str(a_run), *force])
     with pytest.raises(SystemExit) as caught:
         run_notebook.main(["training", "--run", str(a_run)])
     assert "FORCE" not in str(caught.value)
