@@ -103,6 +103,11 @@ class Recipe:
         """
         return "light" if epoch > self.epochs - round(self.calm * self.epochs) else self.policy
 
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of all policies in use, sorted."""
+        return tuple(sorted({self.policy_in(1), self.policy_in(self.epochs)}))
+
     def side(self, epoch: int) -> int:
         """Side of the pictures in this epoch, counted from 1: from start_side in steps of 8 to 32.
 

@@ -66,6 +66,7 @@ def refuse_another_run(run_dir: Path, identity: dict, defaults: dict) -> None:
 
     Args:
         identity: the fields of its config.json that must be the same; the others only describe.
+            One that an older run doesn't have is taken as it is now.
         defaults: what a field of the recipe was before there was such a field.
     """
     differences = _differences(run_dir, identity, defaults)
@@ -84,7 +85,8 @@ def _differences(run_dir: Path, identity: dict, defaults: dict) -> list[str]:
         return []
     old = json.loads(there.read_text())
     old["recipe"] = defaults | old["recipe"]
-    return _unlike({k: old.get(k) for k in identity}, identity)
+    now = json.loads(json.dumps(identity))  # with lists for tuples, as it was read
+    return _unlike({k: old.get(k, now[k]) for k in now}, now)
 
 
 def _unlike(old, new, name="") -> list[str]:

@@ -534,6 +534,8 @@ def identity(recipe: Recipe, seed: int, protocol: str, data: cifar10.Data) -> di
     """What tells a run from any other: the fields of config.json that a resumed one must share."""
     return {
         "recipe": asdict(recipe),
+        # What the names meant: augment.POLICIES can be changed.
+        "policies": {name: asdict(augment.get_policy(name)) for name in recipe.policies},
         "seed": seed,
         "protocol": protocol,
         "dataset": data.name,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import cifar10
 import ingredients
 import run_directory
 import training
+from augment import POLICIES
 from recipes import get_recipe
 from run_directory import RunError
 from training import train
@@ -272,6 +274,23 @@ def test_an_unfinished_run_of_another_kind_is_shown_and_left_alone(tiny, tmp_pat
     with pytest.raises(RunError, match=r"recipe\.lr is 0\.05 there and 0\.01 now; seed is 0 there"):
         train(other, tmp_path / "run", seed=1, dataset=tiny, progress=False)
     assert contents(tmp_path / "run") == before
+
+
+def test_a_policy_of_the_same_name_that_changed_is_another_run(tiny, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    stronger = replace(POLICIES["reference"], rotate=20.0, fill=(1, 2, 3))
+    with monkeypatch.context() as patch:
+        patch.setitem(POLICIES, "reference", stronger)
+        with pytest.raises(RunError, match=r"policies\.reference\.fill is 'mean' there"):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+        for _ in range(2):  # the same again is the same run, though JSON knows no tuples
+            train(get_recipe(SIX_EPOCHS, epochs=1), tmp_path / "new", dataset=tiny, progress=False)
+
+    older = json.loads((tmp_path / "run" / "config.json").read_text())
+    del older["policies"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(older))
+    train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)  # taken on trust, and kept
+    assert contents(tmp_path / "run")["metrics.json"] == contents(whole)["metrics.json"]
 
 
 def test_a_folder_that_cant_be_written_is_named(tiny, tmp_path):
