@@ -16,7 +16,6 @@ import itertools
 import json
 import re
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
@@ -24,8 +23,7 @@ from matplotlib.figure import Figure
 
 import analysis
 import cifar10
-from recipes import DEFAULTS, RECIPES
-from study import Study, load_study
+from recipes import RECIPES
 from tiny_cifar10_net import load_pretrained
 from training import evaluate
 
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     verify_only = parser.parse_args(argv).verify
     runs = analysis.find_runs(RESULTS)
     try:
-        verify([*runs, *itertools.chain(*studies(runs).values())]) if verify_only else rebuild(runs)
+        verify([*runs, *itertools.chain(*studies().values())]) if verify_only else rebuild(runs)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
@@ -61,39 +59,21 @@ def rebuild(runs: list[analysis.Run]) -> None:
     for page in (ROOT / "README.md", REFERENCE_PAGE):
         page.write_text(with_tables(page, runs))
     presets = [run for run in runs if run.config["recipe"]["name"] in RECIPES]
-    analysis.plot_accuracy_vs_params(presets).savefig(RESULTS / "accuracy.png", dpi=110)
+    analysis.plot_accuracy_vs_cost(presets).savefig(RESULTS / "accuracy.png", dpi=110)
     _plot_baselines(runs).savefig(RESULTS / "reference.png", dpi=110)
     for run in runs:
         analysis.plot_history(run).savefig(run.folder / "curves.png", dpi=110)
         print(f"results/{run.name}: {run.title}")
-    for name, varied in studies(runs).items():
+    for name, varied in studies().items():
         STUDY_PAGE.write_text(with_study(STUDY_PAGE.read_text(), name, varied))
         analysis.plot_study(varied).savefig(RESULTS / name / "study.png", dpi=110)
         print(f"results/{name}: a study of {len(varied)} runs")
 
 
-def studies(runs: list[analysis.Run]) -> dict[str, list[analysis.Run]]:
-    """The runs of each study that has a folder under results/, by its name.
-
-    A study's base needn't be trained again where it is among `runs`, which are published already.
-    """
+def studies() -> dict[str, list[analysis.Run]]:
+    """The runs of each study that has a folder under results/, by its name."""
     files = sorted((ROOT / "studies").glob("*.yaml"))
-    return {
-        file.stem: [*_of_the_base(load_study(file), runs), *analysis.find_runs(RESULTS / file.stem)]
-        for file in files
-        if (RESULTS / file.stem).is_dir()
-    }
-
-
-def _of_the_base(study: Study, runs: list[analysis.Run]) -> list[analysis.Run]:
-    """Those of `runs` that are of a study's base and seeds, called `base` as there."""
-    found = []
-    for run in runs:
-        recipe = DEFAULTS | run.config["recipe"] | {"name": "base"}
-        same = recipe == asdict(study.recipes[0]) and run.config["protocol"] == "val"
-        if same and run.config["seed"] in study.seeds:
-            found.append(replace(run, config=run.config | {"recipe": recipe}))
-    return found
+    return {f.stem: analysis.published_study(f.stem) for f in files if (RESULTS / f.stem).is_dir()}
 
 
 def verify(runs: list[analysis.Run]) -> None:

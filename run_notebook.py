@@ -237,11 +237,14 @@ def _checked_run_dir(names: list[str], given: str, settings: dict, extra: dict) 
     import recipes
     import training
 
-    changes = {k: v for k, v in extra.items() if k in recipes.Recipe.__dataclass_fields__}
+    fields = recipes.Recipe.__dataclass_fields__
+    changes = {k: v for k, v in extra.items() if k in fields and v is not None}
     others = extra.get("changes", {})
     if not isinstance(others, dict):
         raise ValueError(f"changes must be a mapping of a recipe's fields; got {others!r}")
-    recipe = recipes.get_recipe(settings["recipe"], **(changes | others))
+    if twice := sorted(changes.keys() & others.keys()):
+        raise ValueError(f"{', '.join(twice)}: given both by itself and in changes; give it once")
+    recipe = recipes.get_recipe(settings["recipe"], **changes, **others)
     training.check_settings(recipe, settings["protocol"], settings["seed"])
     run_dir = training.run_folder(recipe, settings["protocol"], settings["seed"])
     run_dir = ROOT / given if given else run_dir

@@ -10,10 +10,11 @@ say in their title on which data they rest. Nothing here trains, and nothing her
 """
 
 from analysis.figures import (
-    plot_accuracy_vs_params,
+    plot_accuracy_vs_cost,
     plot_augmentations,
     plot_class_counts,
     plot_confusion,
+    plot_costs,
     plot_effective_receptive_field,
     plot_history,
     plot_mistakes,
@@ -41,6 +42,7 @@ from analysis.runs import (
     load_runs,
     published_networks,
     published_run,
+    published_study,
 )
 from analysis.tables import (
     batch_check,
@@ -52,7 +54,6 @@ from analysis.tables import (
     fit_table,
     layer_table,
     metrics_table,
-    recipe_table,
     recipes_table,
     runs_table,
     separable_table,
@@ -70,7 +71,6 @@ __all__ = [
     "Answers",
     "answers",
     "show",
-    "recipe_table",
     "recipes_table",
     "metrics_table",
     "runs_table",
@@ -88,6 +88,7 @@ __all__ = [
     "plot_samples",
     "plot_augmentations",
     "plot_receptive_field",
+    "plot_costs",
     "plot_history",
     "confusion_matrix",
     "plot_confusion",
@@ -102,5 +103,6 @@ __all__ = [
     "Network",
     "published_networks",
     "published_run",
-    "plot_accuracy_vs_params",
+    "published_study",
+    "plot_accuracy_vs_cost",
 ]

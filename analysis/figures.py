@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +46,8 @@ from analysis.runs import (
     variation_name,
 )
 from analysis.tables import mean_std
-from tiny_cifar10_net import Field, receptive_field
+from recipes import DEFAULTS, Recipe, check_choice
+from tiny_cifar10_net import Field, layer_costs, receptive_field
 
 PICTURE = 32  # side of a picture of CIFAR-10, in pixels
 
@@ -156,12 +158,13 @@ def plot_augmentations(
     policies = list(augment.POLICIES) if policies is None else list(policies)
     builds = list(augment.BUILDS) if builds is None else list(builds)
     images, stats = data.train_images[:n], cifar10.channel_stats(data.train_images)
-    size = (max(4.5, 0.72 * n + 1.4), len(policies) * (0.72 * len(builds) + 0.35) + 0.5)
+    size = (max(4.5, 0.72 * n + 1.4), len(policies) * (0.72 * len(builds) + 0.4) + 0.5)
     figure, all_axes = plt.subplots(len(policies), figsize=size, squeeze=False)
     for axes, policy in zip(all_axes[:, 0], policies, strict=True):
         rows = [augmented(images, policy, build, stats, seed) for build in builds]
         _draw_mosaic(axes, np.stack(rows), builds)
-        axes.set_title(f"policy {policy}", loc="left")
+        what = f"{policy}: {_described(augment.get_policy(policy))}"
+        axes.set_title(_wrapped(what, figure, share=0.75), loc="left", fontsize=10)
     figure.suptitle(_wrapped(f"Augmentation · {data.title}", figure))
     return figure
 
@@ -171,7 +174,7 @@ def plot_augmentations(
 
 @_styled
 def plot_receptive_field(model: nn.Module) -> Figure:
-    """The receptive field after each layer that widens it, beside the side of a picture."""
+    """The receptive field after each layer that widens it, with and without dilation."""
     fields = [f for f in receptive_field(model) if f.kernel > 1]  # 1x1 layers add nothing
     figure, axes = plt.subplots(figsize=(9, 3.8))
     position, sides = np.arange(len(fields)), np.array([f.field for f in fields])
@@ -180,6 +183,12 @@ def plot_receptive_field(model: nn.Module) -> Figure:
         if chosen.any():
             bars = axes.bar(position[chosen], sides[chosen], 0.7, color=colour, label=label)
             axes.bar_label(bars, sides[chosen], padding=2, fontsize=9)
+    if dilated.any():
+        undilated = 1 + np.cumsum([f.kernel - 1 for f in fields] * _jumps_before(fields))
+        ends = (position - 0.35, position + 0.35)
+        axes.hlines(undilated, *ends, color=BLACK, linewidth=2, label="the same without dilation")
+        last = {"ha": "center", "va": "top", "color": "white", "fontsize": 9}
+        axes.text(position[-1], undilated[-1] - 0.8, undilated[-1], **last)
     axes.axhline(PICTURE, color=BLACK, linestyle="--", linewidth=1)
     axes.text(-0.35, PICTURE + 0.7, f"side of a picture: {PICTURE} px", fontsize=9)
     axes.set_xticks(position, [_field_label(f) for f in fields], fontsize=8, va="top")
@@ -188,16 +197,52 @@ def plot_receptive_field(model: nn.Module) -> Figure:
     axes.set_ylabel("receptive field, px")
     axes.legend(loc="upper left")
     name = type(model).__name__
-    axes.set_title(f"{name}: each output of the last layer sees {sides[-1]} x {sides[-1]} px")
+    axes.set_title(f"{name}: one position of the last layer sees {sides[-1]} x {sides[-1]} px")
+    return figure
+
+
+@_styled
+def plot_costs(model: nn.Module) -> Figure:
+    """Parameters, multiply-adds and activations by stage, coloured by the kind of layer.
+
+    For one 32 x 32 picture. Activations are the values that the layers put out: what a training
+    step has to write, read and keep, and what bounds it where there are few multiply-adds.
+    """
+    costs = layer_costs(model)
+    stages = list(dict.fromkeys(cost.name.split(".")[0] for cost in costs))
+    panels = {
+        "parameters": [cost.params for cost in costs],
+        "multiply-adds": [cost.macs for cost in costs],
+        "activations": [math.prod(cost.out_shape) for cost in costs],
+    }
+    kinds = [_layer_kind(model.get_submodule(cost.name)) for cost in costs]
+    colours = dict(zip(("standard", "depthwise", "pointwise", "BatchNorm"), COLOURS, strict=False))
+    figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.9))
+    for axes, (what, values) in zip(all_axes, panels.items(), strict=True):
+        below = np.zeros(len(stages))
+        for kind, colour in colours.items():
+            part = np.zeros(len(stages))
+            for cost, its_kind, value in zip(costs, kinds, values, strict=True):
+                if its_kind == kind:
+                    part[stages.index(cost.name.split(".")[0])] += value
+            share = f"{100 * part.sum() / sum(values):.0f} %"
+            axes.bar(stages, part, 0.7, bottom=below, color=colour, label=f"{kind} {share}")
+            below += part
+        axes.set_title(f"{sum(values):,} {what}")
+        axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="upper left")
+        axes.set_ylim(0, 1.45 * below.max())
     return figure
 
 
 @_styled
 def plot_history(runs: Run | Iterable[Run]) -> Figure:
-    """Loss, accuracy and learning rate by epoch, of one run or of many, a colour a run.
+    """Loss, accuracy and learning rate by epoch; runs alike but for their seed share a colour.
 
-    Dashed is training, on the pictures as they were augmented; solid is what selects the epoch
-    (validation or, said plainly, test); a star marks the selected epoch of a finished run.
+    Dashed is training, on the pictures as they were augmented (and shrunk); solid is what selects
+    the epoch (validation or, said plainly, test); a star marks the selected epoch of a finished
+    run. Dotted: from here on the pictures of training are larger, those that select always whole.
 
     Raises:
         ValueError: no run at all.
@@ -206,19 +251,27 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
     if not runs:
         raise ValueError("there is no run to plot: pass one or more, as load_run gives them")
     figure, (loss, accuracy, lr) = plt.subplots(1, 3, figsize=(11, 3.9))
-    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+    colours = _colour_by_kind(runs)
+    for run in runs:
+        colour = colours[_kind(run)]
         _draw_curves(loss, run, "loss", colour)
         _draw_curves(accuracy, run, "acc", colour)
-        lr.plot(run.history["epoch"], run.history["lr"], color=colour, marker=_marker(run))
-    if all(run.config["recipe"].get("schedule") == "plateau" for run in runs):
+        share = run.history["lr"] / _recipe(run)["lr"]
+        lr.plot(run.history["epoch"], share, color=colour, marker=_marker(run))
+    for kind, colour in colours.items():
+        sides = _sides(next(run for run in runs if _kind(run) == kind))
+        for axes in (loss, accuracy):
+            _draw_growth(axes, sides, colour, named=len(colours) == 1)
+    if any(_recipe(run)["schedule"] == "plateau" for run in runs):
         lr.set_yscale("log")  # its drops are factors
+        lr.set_ylim(bottom=max(lr.get_ylim()[0], 3e-5))  # one cycle ends at nothing
     loss.set_ylabel("loss")
     accuracy.set_ylabel("accuracy, %")
-    lr.set_ylabel(_rate_label(runs))
+    lr.set_ylabel("learning rate, share of its peak")
     for axes in (loss, accuracy, lr):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    _history_legend(figure, runs)
+    _history_legend(figure, runs, colours)
     return figure
 
 
@@ -227,44 +280,48 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
 
 @_styled
 def plot_confusion(answers: Answers) -> Figure:
-    """The confusion matrix: counts in the cells, the share of the true class as colour."""
+    """The confusion matrix: counts in the cells, mistakes coloured by their share of the class."""
     classes = answers.classes
     counts = confusion_matrix(answers.labels, answers.predicted, len(classes))
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = plt.subplots(figsize=(7.5, 6.4))
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    mistakes = np.ma.masked_where(np.eye(len(classes), dtype=bool), shares)
+    highest = max(1.0, float(mistakes.max()))  # what is right would leave no colour to the rest
+    picture = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=highest)
     for i, j in np.argwhere(counts):
-        colour = "white" if shares[i, j] > 50 else "black"
+        colour = "white" if i != j and shares[i, j] > 0.6 * highest else "black"
         axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=9)
     axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.grid(False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    figure.colorbar(picture, label="share of the true class, %", shrink=0.8)
+    figure.colorbar(picture, label="mistakes, share of the true class, %", shrink=0.8)
     figure.suptitle(_wrapped(f"Confusion matrix · {answers.title}", figure))
     return figure
 
 
 @_styled
 def plot_per_class(answers: Answers) -> Figure:
-    """Accuracy class by class, best first, beside the whole."""
+    """Accuracy class by class, best first, with its 95 % interval, beside the whole."""
     classes = answers.classes
     counts = confusion_matrix(answers.labels, answers.predicted, len(classes))
     accuracy = 100 * counts.diagonal() / np.maximum(counts.sum(axis=1), 1)
     overall = 100 * counts.trace() / counts.sum()
     order = np.argsort(-accuracy, kind="stable")
     figure, axes = plt.subplots(figsize=(8, 3.8))
-    bars = axes.barh(range(len(classes)), accuracy[order], color=BLUE, height=0.7)
+    rates, n = accuracy / 100, np.maximum(counts.sum(axis=1), 1)
+    interval = 196 * np.sqrt(rates * (1 - rates) / n)
+    look = {"xerr": interval[order], "ecolor": BLACK, "capsize": 2, "color": BLUE}
+    axes.barh(range(len(classes)), accuracy[order], height=0.7, **look)
     axes.axvline(overall, color=ORANGE, linestyle="--")
-    around = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    texts = [f"{a:.1f}" for a in accuracy[order]]
-    axes.bar_label(bars, texts, padding=3, fontsize=9, bbox=around)
+    for row, value in enumerate(accuracy[order]):
+        axes.text(1.5, row, f"{value:.1f}", color="white", va="center", fontsize=9)
     axes.set_yticks(range(len(classes)), [classes[i] for i in order])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 108)
-    axes.set_xlabel(f"accuracy, % (dashed: all classes, {overall:.2f} %)")
+    axes.set_xlabel(f"accuracy, % (dashed: all classes, {overall:.2f} %; whiskers: 95 % interval)")
     figure.suptitle(_wrapped(f"Accuracy by class · {answers.title}", figure))
     return figure
 
@@ -309,9 +366,14 @@ def plot_reliability(answers: Answers, bins: int = 15) -> Figure:
     top.bar(centres, gaps, width, bottom=accuracy, label="gap to the confidence", **look)
     top.plot((0, 1), (0, 1), "--", color=BLACK, linewidth=1, label="perfectly calibrated")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    top.legend(loc="upper left", title=f"ECE {100 * ece:.2f} %", alignment="left")
+    sure, right = (np.average(x, weights=[r.count for r in filled]) for x in (confidence, accuracy))
+    said = (
+        f"ECE {100 * ece:.2f} %\nmean confidence {100 * sure:.1f} %, accuracy {100 * right:.1f} %"
+    )
+    top.legend(loc="upper left", title=said, alignment="left", frameon=True)
     bottom.bar(centres, [row.count for row in filled], width, color=GREY)
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="predictions")
+    bottom.set_yscale("log")  # nearly all of them are in the last bin
     figure.suptitle(_wrapped(f"Reliability · {answers.title}", figure))
     return figure
 
@@ -343,7 +405,8 @@ def plot_effective_receptive_field(
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
     _draw_field(left, field, theoretical, margin)
     _draw_shares(right, field, theoretical)
-    what = f"Effective receptive field over {counted(len(images), 'picture')}"
+    over = f"{counted(len(images), 'picture')}, continued by reflection"
+    what = f"Effective receptive field over {over}"
     figure.suptitle(_wrapped(f"{what} · {title}", figure))
     return figure
 
@@ -379,31 +442,40 @@ def plot_study(runs: Iterable[Run]) -> Figure:
 
 
 @_styled
-def plot_accuracy_vs_params(runs: Run | Iterable[Run] = ()) -> Figure:
-    """Test accuracy against parameters: these runs beside the published networks.
+def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameters") -> Figure:
+    """Test accuracy against parameters or multiply-adds, beside the published networks.
 
     Runs are drawn as mean and sample standard deviation over seeds, for each recipe and protocol.
     Only finished runs on the whole of CIFAR-10 are comparable; a note says how many were left out.
+
+    Args:
+        cost: parameters, or multiply_adds (of one picture), as far as their authors tell.
+
+    Raises:
+        ValueError: another cost.
     """
-    runs = as_list(runs)
+    check_choice("cost", cost, ("parameters", "multiply_adds"))
+    runs, metric = as_list(runs), {"parameters": "params", "multiply_adds": "macs"}[cost]
     groups, _ = grouped(run for run in runs if comparable(run))
     figure, axes = plt.subplots(figsize=(10, 5.6))
     reference, *others = published_networks()
-    points = [(p.parameters, p.accuracy, p.network, GREY) for p in others]
+    points = [(getattr(p, cost), p.accuracy, p.network, GREY) for p in others if getattr(p, cost)]
     axes.scatter(*zip(*[point[:2] for point in points], strict=True), s=24, color=GREY)
     # A ring, so that none of our runs of the same network hides it.
     ring = {"s": 110, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
-    axes.scatter(reference.parameters, reference.accuracy, **ring)
-    for group, colour in zip(groups, _colours(len(groups)), strict=True):
-        points.append(_draw_group(axes, group, colour))
+    axes.scatter(getattr(reference, cost), reference.accuracy, **ring)
+    colours = _colour_by_kind(runs)
+    for group in groups:
+        points.append(_draw_group(axes, group, metric, colours[_kind(group[0])]))
     name = f"the reference, as published: {reference.accuracy:.2f}, epoch chosen on test"
-    points.append((reference.parameters, reference.accuracy, name, BLACK))
+    points.append((getattr(reference, cost), reference.accuracy, name, BLACK))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.margins(x=0.12, y=0.08)
-    axes.set_xlabel("trainable parameters")
+    names = {"parameters": "trainable parameters", "multiply_adds": "multiply-adds a picture"}
+    axes.set_xlabel(names[cost])
     axes.set_ylabel("test accuracy, %")
     left_out = sum(not comparable(run) for run in runs)
     notes = ["Grey, and the ring: as their authors report it, see results/published.csv."]
@@ -426,20 +498,54 @@ def _selection_labels(runs: Sequence[Run]) -> str:
     return " and ".join(labels[where] for where in selected_on)
 
 
-def _rate_label(runs: Sequence[Run]) -> str:
-    """What the history's one rate is the rate of: what Muon trains has another, in proportion."""
-    recipes = [run.config["recipe"] for run in runs]
-    peaks = {r["muon_lr"] for r in recipes if str(r.get("optimizer")).startswith("muon")}
-    if not peaks:
-        return "learning rate at the epoch's end"
-    shown = ", ".join(f"{peak:g}" for peak in sorted(peaks))
-    return f"learning rate at the epoch's end,\nbeside Muon's (whose peak is {shown})"
+def _recipe(run: Run) -> dict:
+    return DEFAULTS | run.config["recipe"]  # a field that came later had its default
 
 
-def _wrapped(title: str, figure: Figure) -> str:
-    """A title in as many lines as the figure's width asks for, broken after a dot or a comma."""
+def _kind(run: Run) -> tuple[str, str, str]:
+    """What runs share that differ in their seed alone, as far as a figure tells them apart."""
+    return run.config["recipe"]["name"], run.protocol, run.data_title
+
+
+def _colour_by_kind(runs: Sequence[Run]) -> dict[tuple, str]:
+    """A colour for each kind of run, the same in every figure of the same runs."""
+    kinds = list(dict.fromkeys(map(_kind, runs)))
+    return dict(zip(kinds, _colours(len(kinds)), strict=True))
+
+
+def _rates(run: Run) -> str:
+    """The highest learning rate of each optimizer in use."""
+    recipe = _recipe(run)
+    muon = f", Muon's {recipe['muon_lr']:g}" if recipe["optimizer"].startswith("muon") else ""
+    return f"highest learning rate {recipe['lr']:g}{muon}"
+
+
+def _sides(run: Run) -> dict[int, int]:
+    """The side of the training pictures, in pixels, by the epoch that it first comes with."""
+    growth = {name: _recipe(run)[name] for name in ("epochs", "start_side", "grow")}
+    recipe = Recipe("", **growth)
+    sides = {}
+    for epoch in range(1, run.epochs + 1):
+        if recipe.side(epoch) not in sides.values():
+            sides[epoch] = recipe.side(epoch)
+    return sides
+
+
+def _draw_growth(axes: Axes, sides: dict[int, int], colour, *, named: bool) -> None:
+    """A line where the training pictures become larger; with their sides written above."""
+    for epoch, side in sides.items() if len(sides) > 1 else ():
+        if epoch > 1:
+            axes.axvline(epoch - 0.5, color=colour, linestyle=":", linewidth=1)
+        if named:
+            place = {"xy": (epoch - 0.5, 1), "xycoords": ("data", "axes fraction")}
+            note = {"xytext": (2, 1), "textcoords": "offset points", "fontsize": 8, "color": GREY}
+            axes.annotate(f"{side} px", **place, **note)
+
+
+def _wrapped(title: str, figure: Figure, share: float = 1.0) -> str:
+    """A title in as many lines as its share of the width asks for, broken after a dot or comma."""
     parts = title.replace(" ", "\xa0").replace("·\xa0", "· ").replace(",\xa0", ", ")
-    letters = int(11 * figure.get_figwidth())  # about 11 an inch
+    letters = int(11 * share * figure.get_figwidth())  # about 11 an inch
     lines = textwrap.wrap(parts, letters, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines).replace("\xa0", " ")
 
@@ -460,6 +566,36 @@ def _draw_mosaic(axes: Axes, pictures: np.ndarray, names: Sequence[str], gap: in
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
+
+
+def _layer_kind(layer: nn.Module) -> str:
+    if not isinstance(layer, nn.Conv2d):
+        return "BatchNorm"
+    if layer.groups > 1:
+        return "depthwise"
+    return "pointwise" if layer.kernel_size == (1, 1) else "standard"
+
+
+def _jumps_before(fields: Sequence[Field]) -> np.ndarray:
+    """How far apart, in pixels of the picture, the positions are that each layer reads."""
+    return np.array([f.jump // f.stride for f in fields])
+
+
+def _described(policy: augment.Policy) -> str:
+    """What may happen to a picture, each with its probability, in a line."""
+    what = []
+    if policy.flip:
+        what.append(f"flip ({100 * policy.flip:g} %)")
+    if policy.crop_padding:
+        what.append(f"crop ±{policy.crop_padding} px")
+    if policy.warps:
+        how = f"shift ±{100 * policy.shift:g} %, zoom ±{100 * policy.scale:g} %, "
+        what.append(f"{how}turn ±{policy.rotate:g}° ({100 * policy.affine_p:g} %)")
+    if (policy.crop_padding or policy.warps) and policy.border == "constant":
+        what.append("black borders")
+    if policy.cuts:
+        what.append(f"hole {policy.hole} px ({100 * policy.hole_p:g} %)")
+    return ", ".join(what) or "nothing"
 
 
 def _field_label(field: Field) -> str:
@@ -485,28 +621,40 @@ def _draw_curves(axes: Axes, run: Run, what: str, colour) -> None:
         axes.plot(best, selection[best - 1], "*", color=colour, ms=13, markeredgecolor="white")
 
 
-def _history_legend(figure: Figure, runs: Sequence[Run]) -> None:
+def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict) -> None:
     """One run is named in the title; many are named in a legend, where their colour is."""
     entries = {}
-    if len(runs) == 1:
-        figure.suptitle(_wrapped(runs[0].title, figure))
-    else:
-        data = list(dict.fromkeys(run.data_title for run in runs))
-        figure.suptitle(_wrapped(f"{len(runs)} runs · {' and '.join(data)}", figure))
-        colours = zip(runs, _colours(len(runs)), strict=True)
-        entries = {
-            f"{run.name}: {run.label if len(data) == 1 else run.title}": {"color": colour}
-            for run, colour in colours
-        }
+    data = " and ".join(dict.fromkeys(run.data_title for run in runs))
+    title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs · {data}"
+    if len(colours) == 1:
+        title += f" · {_rates(runs[0])}"
+    if len(runs) > 1:
+        entries = {_named(runs, kind): {"color": colour} for kind, colour in colours.items()}
+    figure.suptitle(_wrapped(title, figure))
     entries["train, as augmented"] = {"color": GREY, "linestyle": "--"}
     if solid := _selection_labels(runs):
         entries[solid] = {"color": GREY}
     if any(run.metrics and selects_on(run) for run in runs):
         entries["selected epoch"] = {"color": GREY, "marker": "*", "ls": "", "markersize": 11}
+    if any(len(_sides(run)) > 1 for run in runs):
+        entries["training pictures grow"] = {"color": GREY, "linestyle": ":"}
     handles = [Line2D([], [], label=label, **look) for label, look in entries.items()]
     columns = len(entries) if len(runs) == 1 else 2 if max(map(len, entries)) < 72 else 1
     figure.set_figheight(figure.get_figheight() + 0.21 * -(-len(entries) // columns))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def _named(runs: Sequence[Run], kind: tuple[str, str, str]) -> str:
+    """The runs of a kind, their seeds, and how many of them aren't finished."""
+    alike = [run for run in runs if _kind(run) == kind]
+    if len(alike) == 1:
+        return alike[0].label if len({run.data_title for run in runs}) == 1 else alike[0].title
+    recipe, protocol, data = kind
+    seeds = ", ".join(str(run.config["seed"]) for run in alike)
+    name = f"{recipe} · {protocol} · seeds {seeds}"
+    name += f" · {data}" if len({run.data_title for run in runs}) > 1 else ""
+    waiting = sum(run.metrics is None for run in alike)
+    return name + (f" · {waiting} unfinished" if waiting else "")
 
 
 def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) -> None:
@@ -528,21 +676,27 @@ def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) ->
 
 def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
     """How much of the gradient lies within a centred square of each side."""
-    sides = range(1, len(field) + 1)
-    axes.plot(sides, [share_within(field, side) for side in sides], color=BLUE)
-    for side in dict.fromkeys((15, PICTURE, theoretical)):
+    sides = np.arange(1, len(field) + 1, 2)  # odd: only these are centred on a pixel
+    shares = np.array([share_within(field, side) for side in sides])
+    axes.plot(sides, shares, color=BLUE, label="measured")
+    even = 100 * np.minimum(sides / theoretical, 1) ** 2
+    axes.plot(sides, even, "--", color=GREY, label="spread evenly over the theoretical field")
+    half, most = (sides[np.argmax(shares >= share)] for share in (50, 95))
+    for side in dict.fromkeys((half, most, theoretical)):
         share = share_within(field, side)
         axes.plot(side, share, "o", color=BLUE, markersize=6)
         place = {"xytext": (6, -5), "textcoords": "offset points", "ha": "left", "va": "top"}
+        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
         axes.annotate(f"{share:.1f} %\nwithin {side} px", (side, share), fontsize=9, **place)
     axes.set(xlim=(0, len(field)), ylim=(0, 105))
     axes.set(xlabel="side of a centred square, px", ylabel="share of the gradient inside, %")
+    axes.legend(loc="lower right")
 
 
-def _draw_group(axes: Axes, group: list[Run], colour) -> tuple[int, float, str, str]:
+def _draw_group(axes: Axes, group: list[Run], metric: str, colour) -> tuple[int, float, str, str]:
     """One recipe's runs as a point, of three with an error bar; returns what its label needs."""
     accuracies = [run.metrics["test_acc"] for run in group]
-    mean, x = statistics.fmean(accuracies), group[0].metrics["params"]
+    mean, x = statistics.fmean(accuracies), group[0].metrics[metric]
     std = statistics.stdev(accuracies) if len(group) > 2 else None
     axes.errorbar(x, mean, std, fmt="D", color=colour, markersize=7, capsize=4)
     run = group[0]

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import cifar10
 import ingredients
 from analysis.measures import checked
 from recipes import DEFAULTS, RECIPES, Recipe
+from study import load_study
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
 from training import HISTORY_COLUMNS, PROTOCOLS, ROOT, log_probabilities
 
@@ -262,7 +263,8 @@ def answers(run: Run, data: cifar10.Data, part: str | None = None) -> Answers:
     """What the network of a run says of the test or the validation pictures.
 
     Args:
-        part: test or validation; None is test, and validation while the run isn't finished.
+        part: test or validation; None is validation where the run has any, as whoever goes on to
+            change something had better not know the test set.
 
     Raises:
         ValueError: `data` isn't what the run was trained on; there are no validation pictures, as
@@ -272,7 +274,7 @@ def answers(run: Run, data: cifar10.Data, part: str | None = None) -> Answers:
     require_its_data(run, data)
     if part not in (None, "test", "validation"):
         raise ValueError(f"part must be test, validation or None; got {part!r}")
-    part = part or ("test" if run.metrics or selects_on(run) != "validation" else "validation")
+    part = part or ("validation" if selects_on(run) == "validation" else "test")
     if part == "test" and run.metrics is None and selects_on(run) != "test":
         raise ValueError(
             f"run {run.name} isn't finished, and the test set is used once, at its end"
@@ -356,6 +358,23 @@ def study_groups(runs: Iterable[Run]) -> list[list[Run]]:
         )
     others = [group for group in groups if group is not base[0]]
     return [*base, *sorted(others, key=lambda g: -statistics.fmean(settled(g)))]
+
+
+def published_study(name: str) -> list[Run]:
+    """The runs of results/<name>, the study of that name, with those of its base.
+
+    The base needn't be trained again where it is among the published runs already; it is called
+    `base`, as in any study.
+    """
+    study = load_study(ROOT / "studies" / f"{name}.yaml")
+    base = asdict(study.recipes[0])
+    found = []
+    for run in find_runs(RESULTS):
+        recipe = DEFAULTS | run.config["recipe"] | {"name": "base"}
+        same = recipe == base and run.config["protocol"] == "val"
+        if same and run.config["seed"] in study.seeds:
+            found.append(replace(run, config=run.config | {"recipe": recipe}))
+    return [*found, *find_runs(RESULTS / name)]
 
 
 def variation_name(group: list[Run]) -> str:

@@ -31,8 +31,9 @@ from analysis.runs import (
     study_groups,
     variation_name,
 )
-from recipes import DEFAULTS, RECIPES, Recipe
+from recipes import DEFAULTS, Recipe
 from tiny_cifar10_net import (
+    Field,
     LayerCost,
     NetCIFAR10_Tiny,
     SeparableConv,
@@ -52,24 +53,21 @@ def show(markdown: str) -> None:
 # ------------------------------------------------------------------------------------------ of runs
 
 
-def recipe_table(recipe: Recipe) -> str:
-    """Each field of a recipe beside the published reference's; bold where the two differ."""
-    rows = []
-    for name, reference in asdict(RECIPES["baseline"]).items():
-        value = getattr(recipe, name)
-        shown = f"`{value}`" if value == reference else f"**`{value}`**"
-        rows.append((name, shown, f"`{reference}`"))
-    return _table(("field", "this recipe", "reference"), rows, text_columns=3)
+def recipes_table(recipes: Iterable[Recipe], all_fields: bool = False) -> str:
+    """Recipes side by side, a dash where a field isn't used: those in which they differ.
 
-
-def recipes_table(recipes: Iterable[Recipe]) -> str:
-    """Recipes side by side: the fields in which they differ, a dash where one isn't used."""
+    Args:
+        all_fields: all that any of them uses; those in which they differ are bold.
+    """
     recipes = list(recipes)
     rows = []
     for name in asdict(recipes[0]):
         values = [_used(recipe, name) for recipe in recipes]
-        if name != "name" and len(set(values)) > 1:
-            rows.append((f"`{name}`", *values))
+        differ = len(set(values)) > 1
+        if name == "name" or not (differ or all_fields) or set(values) == {"–"}:
+            continue
+        shown = f"**`{name}`**" if differ and all_fields else f"`{name}`"
+        rows.append((shown, *values))
     return _table(("", *(f"`{recipe.name}`" for recipe in recipes)), rows)
 
 
@@ -279,16 +277,20 @@ def fit_table(run: Run, data: cifar10.Data) -> str:
     recipe = DEFAULTS | run.config["recipe"]
     plain = recipe["label_smoothing"] == 0 and recipe["teacher"] is None
     fed_loss = run.history["train_loss"][fed] if plain else None  # another loss can't be compared
-    rows = (
+    rows = [
         ("training, as fed: augmented", run.config["split"]["train"], m["train_acc"], fed_loss),
         ("training, whole", len(index), accuracy, loss),
         ("test", run.config["split"]["test"], m["test_acc"], m["test_loss"]),
-    )
+    ]
+    if selects_on(run) == "validation":
+        held_back = run.config["split"]["selection"]
+        rows.insert(2, ("validation", held_back, m["val_acc"], m["val_loss"]))
     rows = [
         (name, f"{n:,}", _percent(right), "–" if loss is None else f"{loss:.4f}")
         for name, n, right, loss in rows
     ]
-    return _table(("pictures", "how many", "accuracy", "loss"), rows)
+    gap = f"Whole training pictures less test pictures: {accuracy - m['test_acc']:+.2f} points."
+    return f"{_table(('pictures', 'how many', 'accuracy', 'loss'), rows)}\n{gap}\n"
 
 
 def confusion_table(answers: Answers, top: int = 6) -> str:
@@ -337,8 +339,8 @@ def field_table(model: nn.Module) -> str:
 def separable_table(model: nn.Module) -> str:
     """Each separable block against a standard 3x3 convolution between the same channels.
 
-    Weights of the convolutions only; BatchNorm is left out on both sides. The multiply-adds are
-    those of one 32 x 32 picture.
+    Of the blocks, weights of the convolutions only; the whole network with all that is in it,
+    BatchNorm too. The multiply-adds are those of one 32 x 32 picture.
     """
     layers = {c.name: c for c in layer_costs(model)}
     rows, weights, macs = [], [], []  # the latter two: (separable, standard) for each block
@@ -352,20 +354,46 @@ def separable_table(model: nn.Module) -> str:
         rows.append((name, f"{c_in} → {c_out}", *_versus(*weights[-1]), *_versus(*macs[-1])))
     if not rows:
         return "This network has no separable block: every convolution is a standard one.\n"
-    total = (*_versus(*np.sum(weights, axis=0)), *_versus(*np.sum(macs, axis=0)))
+    blocks = (np.sum(weights, axis=0), np.sum(macs, axis=0))
+    rows.append(("**these blocks**", "", *_versus(*blocks[0]), *_versus(*blocks[1])))
+    whole = _totals(layers.values())
+    # A standard block has one BatchNorm, a separable one a second, after its depthwise convolution.
+    second = sum(c.params for name, c in layers.items() if name.endswith(".bn_dw"))
+    standard = [n - ours + theirs for n, (ours, theirs) in zip(whole, blocks, strict=True)]
+    standard[0] -= second
+    rows.append(
+        ("**whole network**", "", *_versus(whole[0], standard[0]), *_versus(whole[1], standard[1]))
+    )
     header = ("block", "channels", "parameters", "standard 3x3", "ratio")
     header += ("multiply-adds", "standard 3x3", "ratio")
-    return _table(header, [*rows, ("**total**", "", *total)])
+    return _table(header, rows)
 
 
-def dilation_table() -> str:
-    """What dilation buys, and what it costs: the reference network with and without it."""
+def dilation_table(**options) -> str:
+    """What dilation buys, and what it costs: the network with and without it.
+
+    Args:
+        options: of `NetCIFAR10_Tiny`, e.g. width.
+    """
     rows = []
     for label, dilated in (("with dilation", True), ("without", False)):
-        model = NetCIFAR10_Tiny(dilated=dilated)
-        field, (params, macs) = receptive_field(model)[-1].field, _totals(layer_costs(model))
-        rows.append((label, f"{field} px", f"{params:,}", f"{macs:,}"))
-    return _table(("network", "receptive field", "parameters", "multiply-adds"), rows)
+        model = NetCIFAR10_Tiny(**options | {"dilated": dilated})
+        last, (params, macs) = receptive_field(model)[-1], _totals(layer_costs(model))
+        whole = _sees_all(last)
+        seen = f"{whole**2} of {last.size**2}"
+        rows.append((label, f"{last.field} px", seen, f"{params:,}", f"{macs:,}"))
+    header = ("network", "receptive field", "positions that see the whole picture")
+    return _table((*header, "parameters", "multiply-adds"), rows)
+
+
+def _sees_all(last: Field, picture: int = 32) -> int:
+    """In how many positions along one side the last layer has the whole picture in view.
+
+    Position i is centred on pixel i * jump, with padding that keeps the size.
+    """
+    reach = last.field // 2
+    centres = range(0, last.size * last.jump, last.jump)
+    return sum(c - reach <= 0 and c + reach >= picture - 1 for c in centres)
 
 
 # ---------------------------------------------------------------------------------- of augmentation
@@ -457,9 +485,10 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %"
 
 
-def _totals(costs: Sequence[LayerCost]) -> tuple[int, int]:
+def _totals(costs: Iterable[LayerCost]) -> tuple[int, int]:
     """Parameters and multiply-adds of all layers together."""
-    return sum(c.params for c in costs), sum(c.macs for c in costs)
+    params, macs = zip(*((c.params, c.macs) for c in costs), strict=True)
+    return sum(params), sum(macs)
 
 
 def _versus(ours: int, standard: int) -> tuple[str, str, str]:

@@ -194,7 +194,7 @@ def test_damaged_files_are_named(write_run, file, content, message):
 
 def test_answers_of_a_run(write_run, tiny):
     run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum)
-    answers = analysis.answers(run, tiny)
+    answers = analysis.answers(run, tiny, "test")
     log_p = answers.log_p
     assert log_p.shape == (40, 10) and log_p.dtype == np.float32
     assert answers.title == f"test pictures · {run.title}"
@@ -221,6 +221,7 @@ def test_answers_on_validation(write_run, tiny):
     np.testing.assert_array_equal(on_validation.images, tiny.train_images[held_back])
     np.testing.assert_array_equal(on_validation.labels, tiny.train_labels[held_back])
     assert on_validation.title.startswith("validation pictures · quick · val")
+    assert analysis.answers(run, tiny).title == on_validation.title  # finished or not
     alike = evaluate(
         analysis.load_model(run), on_validation.images, on_validation.labels, run.stats
     )
@@ -347,7 +348,7 @@ def test_field_table():
 
 def test_separable_table():
     rows = rows_of(analysis.separable_table(NetCIFAR10_Tiny()))
-    assert len(rows) == 1 + 9 + 1
+    assert len(rows) == 1 + 9 + 2
     # c4.1 by hand: 9 * 64 + 64 * 64 weights against 9 * 64 * 64, each at 16 x 16 positions.
     row = next(row for row in rows if row[0] == "c4.1")
     assert row[1:5] == ["64 → 64", "4,672", "36,864", "7.9x less"]
@@ -357,12 +358,41 @@ def test_separable_table():
     strided = next(row for row in standard if row[0] == "c4.0.0")
     row = next(row for row in rows if row[0] == "c4.0")
     assert (row[3], row[6]) == (strided[3], strided[5])
+    # The whole network, against the one that has standard convolutions everywhere.
+    total = [cell.strip("*") for cell in standard[-1]]
+    assert rows[-1][2:4] == ["36,170", total[3]] and rows[-1][5:7] == ["17,330,816", total[5]]
     assert "no separable" in analysis.separable_table(NetCIFAR10_Tiny(separable=False))
 
 
 def test_dilation_table():
     with_it, without = rows_of(analysis.dilation_table())[1:]
-    assert (with_it[1], without[1]) == ("45 px", "31 px") and with_it[2:] == without[2:]
+    assert (with_it[1], without[1]) == ("45 px", "31 px") and with_it[3:] == without[3:]
+    assert (with_it[2], without[2]) == ("49 of 256", "0 of 256")
+    assert rows_of(analysis.dilation_table(width=2, dilated=False))[1][1] == "45 px"
+
+
+def test_which_positions_see_the_whole_picture_by_their_gradients():
+    """Corners of the input reach c4's position if all of the picture does."""
+    torch.manual_seed(0)
+    net = NetCIFAR10_Tiny().eval()
+    pixels = torch.randn(1, 3, 32, 32, requires_grad=True)
+    features = nn.Sequential(net.c1, net.c2, net.c3, net.c4)(pixels)
+    whole = 0
+    for i in range(16):  # along the diagonal: as many as along a side
+        (gradient,) = torch.autograd.grad(features[0, :, i, i].sum(), pixels, retain_graph=True)
+        seen = gradient.abs().sum(dim=(0, 1)) > 0
+        whole += bool(seen[0].any() and seen[-1].any())
+    assert whole == 7
+
+
+def test_costs_add_up_and_name_the_kinds():
+    figure = analysis.plot_costs(NetCIFAR10_Tiny())
+    parameters, macs, _ = figure.axes
+    assert round(sum(bar.get_height() for bar in parameters.patches)) == 36_170
+    assert round(sum(bar.get_height() for bar in macs.patches)) == 17_330_816
+    # By hand: 9 C of depthwise filters for the C that each separable block takes in.
+    depthwise = 9 * (24 + 36 + 36 + 48 + 48 + 4 * 64)
+    assert f"depthwise {100 * depthwise / 36_170:.0f} %" in texts(figure)
 
 
 def test_batch_check(tiny):
@@ -521,7 +551,7 @@ def test_a_schedule_without_drops_has_no_table_of_them(write_run):
 
 def test_the_fit_table_evaluates_what_was_trained_on(write_run, tiny):
     run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum, epochs=3)
-    fed, whole, test = rows_of(analysis.fit_table(run, tiny))[1:]
+    fed, whole, validation, test = rows_of(analysis.fit_table(run, tiny))[1:]
     assert fed == ["training, as fed: augmented", "45,000", "44.00 %", f"{1.9 / 3:.4f}"]
     index = cifar10.split(tiny.train_labels)[0][:40]  # as many as there are test pictures
     pixels = torch.from_numpy(tiny.train_images[index]).permute(0, 3, 1, 2) / 255
@@ -531,7 +561,8 @@ def test_the_fit_table_evaluates_what_was_trained_on(write_run, tiny):
     right = 100 * (log_p.argmax(1) == labels).double().mean().item()
     assert whole[1:3] == ["40", f"{right:.2f} %"]
     assert float(whole[3]) == pytest.approx(nn.functional.nll_loss(log_p, labels).item(), abs=1e-4)
-    assert test[2:] == ["70.00 %", "0.9000"]
+    assert (validation[2:], test[2:]) == (["40.00 %", "0.5000"], ["70.00 %", "0.9000"])
+    assert f"less test pictures: {right - 70:+.2f} points" in analysis.fit_table(run, tiny)
     with pytest.raises(ValueError, match="load_data"):
         analysis.fit_table(write_run("b"), tiny)
     run.config["recipe"]["label_smoothing"] = 0.1
@@ -731,11 +762,27 @@ def test_plot_history_draws_the_history(write_run):
     assert star == [[4, 0.5]]
 
 
-def test_plot_history_of_many_names_each(write_run):
-    runs = [write_run(f"run{i}", seed=i, finished=i != 8) for i in range(9)]
-    text = texts(analysis.plot_history(runs))
-    assert "9 runs · CIFAR-10" in text and "unfinished" in text
-    assert all(f"run{i}: quick · val · seed {i}" in text for i in range(9))
+def test_plot_history_of_many_has_a_colour_for_each_recipe(write_run):
+    runs = [write_run(f"run{i}", seed=i, finished=i != 2) for i in range(3)]
+    runs.append(write_run("other", recipe="tuned", protocol="full"))
+    figure = analysis.plot_history(runs)
+    assert "4 runs · CIFAR-10" in texts(figure)
+    assert "quick · val · seeds 0, 1, 2 · 1 unfinished" in texts(figure)
+    assert "tuned · full · seed 0" in texts(figure)
+    assert len({line.get_color() for line in figure.axes[2].lines}) == 2
+
+
+def test_plot_history_shows_where_the_pictures_grow(write_run):
+    run = write_run()
+    plain = analysis.plot_history(run)
+    assert "px" not in texts(plain) and "grow" not in texts(plain)
+    run.config["recipe"] |= {"start_side": 16, "grow": 1.0, "lr": 0.2}
+    figure = analysis.plot_history(run)
+    assert "16 px" in texts(figure) and "24 px" in texts(figure) and "32 px" not in texts(figure)
+    dotted = [line for line in figure.axes[1].lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in dotted] == [2.5]  # the third epoch is the first of 24
+    assert figure.axes[2].lines[0].get_ydata().tolist() == [0.5] * 4  # 0.1 of 0.2
+
     with pytest.raises(ValueError, match="no run"):
         analysis.plot_history([])
 
@@ -760,7 +807,7 @@ def test_confusion_figure_shows_the_counts():
     answers = answers_of(log_p, np.array([0, 0, 1, 1]), ("x", "y"))
     axes = analysis.plot_confusion(answers).axes[0]
     assert [t.get_text() for t in axes.texts] == ["2", "1", "1"]
-    assert axes.images[0].get_array().tolist() == [[100, 0], [50, 50]]
+    assert axes.images[0].get_array().tolist() == [[None, 0], [50, None]]  # mistakes alone
 
 
 def test_mistakes_are_the_surest_and_wrong(tiny):
@@ -788,7 +835,7 @@ def test_plot_effective_receptive_field(write_run, tiny):
     assert tiny.title in texts(analysis.plot_effective_receptive_field(NetCIFAR10_Tiny(), tiny, 1))
 
 
-def test_accuracy_vs_params_leaves_out_what_is_not_comparable(write_run):
+def test_accuracy_vs_cost_leaves_out_what_is_not_comparable(write_run):
     runs = [
         write_run("a", test_acc=88.0),
         write_run("b", seed=1, test_acc=89.0),
@@ -796,10 +843,10 @@ def test_accuracy_vs_params_leaves_out_what_is_not_comparable(write_run):
         write_run("d", limit=1000, test_acc=33.0),
         write_run("e", seed=2, finished=False),
     ]
-    text = texts(analysis.plot_accuracy_vs_params(runs))
+    text = texts(analysis.plot_accuracy_vs_cost(runs))
     assert "quick · val: 88.50 (88.00, 89.00), n = 2" in text and "Left out: 3 runs" in text
     assert "99.00" not in text and "33.00" not in text and "Tiniest" in text
-    assert "(n =" not in texts(analysis.plot_accuracy_vs_params(runs[2]))
+    assert "(n =" not in texts(analysis.plot_accuracy_vs_cost(runs[2]))
 
 
 def test_labels_of_points_do_not_overlap(write_run):
@@ -807,7 +854,7 @@ def test_labels_of_points_do_not_overlap(write_run):
         write_run(f"r{i}", recipe=f"recipe{i}", test_acc=accuracy)
         for i, accuracy in enumerate((87.3, 87.0, 90.9, 90.6))
     ]
-    figure = analysis.plot_accuracy_vs_params(runs)
+    figure = analysis.plot_accuracy_vs_cost(runs)
     figure.canvas.draw()
     boxes = [t.get_window_extent() for t in figure.axes[0].texts]
     assert len(boxes) == 16

@@ -57,7 +57,7 @@ def test_it_repeats_cell_by_cell(run_dir, name):
 
 @pytest.mark.parametrize(
     ("name", "pictures"),
-    [("stats", 3), ("training", 2), ("analysis", 7), ("tuning_CNN_CIFAR10", 6)],
+    [("stats", 3), ("training", 4), ("analysis", 8), ("tuning_CNN_CIFAR10", 6)],
 )
 def test_every_picture_was_drawn_and_nothing_warned(run_dir, name, pictures):
     outputs = [o for cell in code_cells(run_dir / f"{name}.ipynb") for o in cell.outputs]

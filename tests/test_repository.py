@@ -86,7 +86,7 @@ def test_the_tables_are_those_of_the_runs():
 
 
 def published_studies():
-    return publish.studies(analysis.find_runs(publish.RESULTS))
+    return publish.studies()
 
 
 def test_a_published_run_stands_for_the_base_of_a_study():

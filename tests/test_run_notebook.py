@@ -100,6 +100,7 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["-p", "protocol", "test"], "error: unknown protocol 'test'"),
         (["-p", "changes", "{'optimiser': 'sgd'}"], "error: unknown recipe field 'optimiser'"),
         (["-p", "changes", "muon"], "error: changes must be a mapping .* got 'muon'"),
+        (["-p", "epochs", "3", "-p", "changes", "{'epochs': 9}"], "error: epochs: given both"),
     ],
 )
 def test_what_training_would_refuse_is_refused_at_once(in_this_process, tmp_path, settings, says):
