@@ -181,7 +181,7 @@ class Batched(nn.Module):
     """A policy for a whole batch at once, on the device where the images are.
 
     Calling it is `transform(images, draw(len(images), generator))`. All randomness is drawn on the
-    CPU, so that every device augments alike; the rest never makes the host wait for the device.
+    CPU, so that every device augments alike; `transform` never makes the host wait for the device.
 
     Args:
         policy: a policy or its name.

@@ -169,8 +169,9 @@ class Memory:
     def __init__(self):
         try:
             self.libc = ctypes.CDLL(None)
-            self.libc.mallopt(self.M_MMAP_THRESHOLD, 2_000_000_000)
-            self.libc.mallopt(self.M_TRIM_THRESHOLD, 2_000_000_000)
+            # An older glibc takes no more than half of its largest heap.
+            if any(self.libc.mallopt(self.M_MMAP_THRESHOLD, n) for n in (2_000_000_000, 2**25)):
+                self.libc.mallopt(self.M_TRIM_THRESHOLD, 2_000_000_000)
         except (OSError, AttributeError, TypeError):
             self.libc = None
 

@@ -79,17 +79,23 @@ class _BatchedFeed(Feed):
         return augment.Batched(policy, mean, std).to(self.device)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        transform = self.transforms[self.recipe.policy_in(epoch)]
-        for batch, index in enumerate(self.order(epoch).split(self.recipe.batch_size)):
-            draws = transform.draw(
-                len(index), torch.Generator().manual_seed(key(self.seed, epoch, batch))
-            )
-            if self.recipe.alternate_flip:
-                # After Keller Jordan (2024, arXiv:2404.00498): two epochs show both sides of each.
-                transform.set_flips(draws, self.mirrored[index] ^ bool(epoch % 2))
-            # Blocking: on MPS a copy that is still under way reads what was freed meanwhile.
-            index, draws = index.to(self.device), draws.to(self.device)
-            yield transform.transform(self.images[index], draws), self.labels[index]
+        transform, size = self.transforms[self.recipe.policy_in(epoch)], self.recipe.batch_size
+        order = self.order(epoch)
+        draws = torch.cat(
+            [
+                transform.draw(
+                    len(index), torch.Generator().manual_seed(key(self.seed, epoch, batch))
+                )
+                for batch, index in enumerate(order.split(size))
+            ]
+        )
+        if self.recipe.alternate_flip:
+            # After Keller Jordan (2024, arXiv:2404.00498): two epochs show both sides of each.
+            transform.set_flips(draws, self.mirrored[order] ^ bool(epoch % 2))
+        # All of an epoch at once: each copy to a GPU is waited for.
+        order, draws = order.to(self.device), draws.to(self.device)
+        for index, drawn in zip(order.split(size), draws.split(size), strict=True):
+            yield transform.transform(self.images[index], drawn), self.labels[index]
 
 
 class _PerSampleFeed(Feed):

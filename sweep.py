@@ -129,7 +129,8 @@ def _share_out(runs: int, device: torch.device, jobs: int | None) -> tuple[int, 
     """(processes, threads of each)."""
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
         raise ValueError(f"jobs must be a whole number of 1 or more; got {jobs!r}")
-    cores = torch.get_num_threads()
+    # With a GPU, OMP_NUM_THREADS=1, as clusters set it, shouldn't mean one run at a time.
+    cores = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1
     jobs = jobs or (cores if device.type == "cpu" else min(cores, JOBS_ON_A_GPU))
     jobs = max(1, min(jobs, runs))
     return jobs, max(1, cores // jobs)
@@ -141,6 +142,8 @@ def _begin_worker(threads: int) -> None:
     Otherwise its runs would go on unseen, and be locked against the same command given again.
     """
     torch.set_num_threads(threads)
+    # By default each process keeps a compiler for every core.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     sweep_ends = multiprocessing.parent_process().sentinel
 
     def end_with_the_sweep() -> None:

@@ -96,11 +96,16 @@ class _Dilated(torch.autograd.Function):
     filter's is that of an undilated convolution of the d² pictures that every d-th pixel makes.
     """
 
+    generate_vmap_rule = True  # for torch.func, e.g. gradients picture by picture
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.dilation = dilation
+    def forward(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         return _depthwise(x, weight, dilation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, ctx.dilation = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

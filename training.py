@@ -65,6 +65,9 @@ PROTOCOLS = {
     "as the published reference did",
 }
 
+# Deterministic algorithms of CUDA ask for it, before anything is multiplied on the GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # So many pictures of one size pay for compiling the network for it: measured on two cores, at any
 # size, that takes what 40,000 to 60,000 pictures save.
 COMPILE_FROM = 80_000
@@ -134,7 +137,7 @@ def train(
             f"the number of training images; got {recipe.batch_size}"
         )
     teacher = _teacher(recipe, protocol, data)
-    config = _config(recipe, seed, protocol, data, problem, device)
+    config = _config(recipe, seed, protocol, data, problem, device, compile)
     who = identity(recipe, seed, protocol, data)
     with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable(device):
         if is_finished(run_dir):
@@ -491,9 +494,11 @@ def log_probabilities(
     model.eval()
     images = torch.as_tensor(images)
     answers = None
-    with torch.inference_mode():
+    no_draws = torch.zeros(batch_size, plain.DRAWS, device=device)  # nothing here is random
+    with torch.inference_mode(), _float32():
         for start in range(0, len(images), batch_size):
-            batch = plain(images[start : start + batch_size].to(device))
+            part = images[start : start + batch_size].to(device)
+            batch = plain.transform(part, no_draws[: len(part)])
             log_p = model(batch)
             if tta:
                 log_p = torch.logaddexp(log_p, model(batch.flip(3))) - math.log(2)
@@ -550,7 +555,7 @@ def _sha256(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "best.pt").read_bytes()).hexdigest()
 
 
-def _config(recipe, seed, protocol, data, problem, device) -> dict:
+def _config(recipe, seed, protocol, data, problem, device, compile) -> dict:
     return {
         **identity(recipe, seed, protocol, data),
         "split": {
@@ -566,18 +571,25 @@ def _config(recipe, seed, protocol, data, problem, device) -> dict:
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
+        "compile": compile,
         "git_commit": _git_commit(),
         "command": _command(recipe, seed, protocol, data),
     }
+
+
+# What changes the digits, beside the run's identity; on a GPU `device` names it.
+_CONDITIONS = ("threads", "instructions", "device", "torch", "numpy", "compile", "git_commit")
 
 
 def _warn_if_elsewhere(begun: dict, now: dict) -> None:
     """A run that goes on under other conditions is still good, but can't be repeated exactly."""
     changed = [
         f"{name} was {begun.get(name)} and is {now[name]}"
-        for name in ("threads", "torch", "device", "git_commit")
-        if begun.get(name) != now[name]
+        for name in _CONDITIONS
+        if begun.get(name, now[name]) != now[name]  # an older run didn't note all of them
     ]
     if changed:
         warnings.warn(
@@ -641,10 +653,9 @@ def _command(recipe, seed, protocol, data) -> str:
 @contextmanager
 def _repeatable(device: torch.device):
     """Deterministic algorithms and our own random stream, all given back afterwards."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA asks for, see torch
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _float32():
         torch.use_deterministic_algorithms(True)
         # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -653,6 +664,13 @@ def _repeatable(device: torch.device):
         finally:
             torch.use_deterministic_algorithms(before)
             torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def _float32():
+    """Convolutions on a GPU in full precision; by default they round to TF32's ten bits."""
+    return torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False
+    )
 
 
 def _line(row: dict, epochs: int) -> str:

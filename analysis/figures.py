@@ -435,7 +435,7 @@ def plot_study(runs: Iterable[Run]) -> Figure:
     axes.margins(y=0.08)
     axes.set_xlabel(
         f"validation accuracy less the base's ({mean_std(settled(base))} %, n = {len(base)}), "
-        "points\nbars: one standard error; grey: not clear of 0 (t-test at 5 %), or not known"
+        "points\nbars: one standard error; grey: not clear of 0 (t-test at 5 %)"
     )
     figure.suptitle(_wrapped(f"Variations of the base · {base[0].data_title}", figure))
     return figure

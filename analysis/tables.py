@@ -163,23 +163,27 @@ def study_table(runs: Iterable[Run]) -> str:
     """
     runs = as_list(runs)
     base, *others = groups = study_groups(runs)
-    rows = [("base", "", f"n = {len(base)}", mean_std(settled(base)), "–")]
+    rows = [("base", "", f"n = {len(base)}", mean_std(settled(base)), _mean_loss(base), "–")]
     for group, (points, error, _) in zip(others, gains(groups), strict=True):
-        shown = f"{points:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+        shown = f"{points:+.2f} ± {error:.2f}"
         changes = _changes(base[0], group[0])
-        rows.append(
-            (variation_name(group), changes, f"n = {len(group)}", mean_std(settled(group)), shown)
-        )
-    header = ("variation", "what changes", "seeds", "validation, %", "gain over base")
+        accuracy, loss = mean_std(settled(group)), _mean_loss(group)
+        rows.append((variation_name(group), changes, f"n = {len(group)}", accuracy, loss, shown))
+    header = ("variation", "what changes", "seeds", "validation, %", "loss", "gain over base")
     epochs = counted(base[0].config["recipe"]["epochs"], "epoch")
     note = (
         f"{base[0].data_title}, {epochs} unless said otherwise. Accuracy: mean ± standard "
-        "deviation over seeds (of two, both figures); gain: ± its standard error, over seeds only."
+        "deviation over seeds (of two, both figures); loss: its mean; gain: in accuracy, ± its "
+        "standard error (`analysis.runs.gains`)."
     )
     waiting = sum(run.metrics is None for run in runs)
     if waiting:
         note += f" Not finished, and left out: {counted(waiting, 'run')}."
     return f"{_table(header, rows, text_columns=2)}\n{note}\n"
+
+
+def _mean_loss(group: list[Run]) -> str:
+    return f"{statistics.fmean(run.metrics['val_loss'] for run in group):.3f}"
 
 
 def _changes(base: Run, run: Run) -> str:

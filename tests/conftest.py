@@ -10,8 +10,17 @@ import matplotlib
 import pytest
 
 import cifar10
+import training
 
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    """Also where there is a GPU: tests compare bits, and with what is computed here on the CPU."""
+    pick = training.pick_device
+    auto = lambda name="auto": pick("cpu" if name == "auto" else name)  # noqa: E731
+    monkeypatch.setattr(training, "pick_device", auto)
 
 
 @pytest.fixture(scope="session")

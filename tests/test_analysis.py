@@ -4,6 +4,7 @@ Run directories are written here by hand, as run_directory.py and training.py la
 """
 
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -431,17 +432,16 @@ def test_a_study_is_compared_with_its_base(a_study):
     table = analysis.study_table(a_study)
     header, base, higher, worse = rows_of(table)
     assert header[3] == "validation, %" and base[:3] == ["base", "", "n = 2"]
-    spread = math.sqrt((statistics.variance([40, 42]) + statistics.variance([45, 49])) / 2)
-    assert higher == [
-        "higher rate", "`lr=0.2`", "n = 2", "47.00 (45.00, 49.00)", f"+6.00 ± {spread:.2f}",
-    ]  # fmt: skip
+    # What 5,000 pictures tell of how far seeds differ, ten times, and what the two pairs tell.
+    by_the_count = 100**2 * 0.41 * 0.59 / (2 * 5_000)
+    seeds = statistics.variance([40, 42]) + statistics.variance([45, 49])
+    spread = math.sqrt((10 * by_the_count + seeds) / 12)
+    accuracies = "47.00 (45.00, 49.00)"
+    gain = f"+6.00 ± {spread:.2f}"
+    assert higher == ["higher rate", "`lr=0.2`", "n = 2", accuracies, "0.500", gain]
     error = spread * math.sqrt(1 + 1 / 2)
-    assert worse == ["worse", "`lr=0.05`", "n = 1", "35.00", f"-6.00 ± {error:.2f}"]
+    assert worse == ["worse", "`lr=0.05`", "n = 1", "35.00", "0.500", f"-6.00 ± {error:.2f}"]
     assert "CIFAR-10, 4 epochs" in table and "left out: 1 run" in table
-    single = rows_of(analysis.study_table([a_study[0], a_study[2]]))
-    assert single[2][-1] == "-5.00"  # nothing tells how far seeds differ
-    of_two = [run for run in a_study if run.name in ("base0", "base1", "worse0")]
-    assert rows_of(analysis.study_table(of_two))[2][-1] == "-6.00"  # nor do two seeds alone
     with pytest.raises(ValueError, match="has one base"):
         analysis.study_table(a_study[2:])
 
@@ -458,19 +458,25 @@ def test_a_study_never_compares_across_data(a_study):
 
 
 def test_a_gain_is_clear_where_a_t_test_says_so(write_run):
-    """Two seeds and two: of 2 degrees of freedom, where 4.30 standard errors are asked for."""
+    number = itertools.count()
 
-    def gain(accuracies):
+    def gain(base, other):
         groups = [
-            [write_run(f"{name}{a}{accuracies}", seed=seed, val_acc=a) for seed, a in enumerate(of)]
-            for name, of in (("base", (40.0, 42.0)), ("other", accuracies))
+            [write_run(f"{next(number)}", seed=i, recipe=name, val_acc=a) for i, a in enumerate(of)]
+            for name, of in (("base", base), ("other", other))
         ]
         return gains(groups)[0]
 
-    assert gain((43.0, 45.0)).error == pytest.approx(math.sqrt(2))
-    assert not gain((46.0, 48.0)).clear, "6 = 4.24 standard errors"
-    assert gain((46.2, 48.2)).clear, "6.2 = 4.38 standard errors"
-    assert gain((33.8, 35.8)).clear
+    # One seed each at 90 %: sqrt(0.9 * 0.1 / 10,000) is 0.3 points, and 2.23 errors are asked for.
+    single = gain((90.0,), (90.9,))
+    assert single.error == pytest.approx(0.3 * math.sqrt(2)) and not single.clear
+    assert gain((90.0,), (91.0,)).clear and gain((90.0,), (89.0,)).clear
+    # Seeds that agree by chance don't make half a point clear; those that don't, blur a whole one.
+    assert not gain((90.0, 90.0, 90.0), (90.5,)).clear
+    assert not gain((89.0, 90.0, 91.0), (91.2,)).clear
+    # Many seeds speak for themselves.
+    many = tuple(90 + 0.01 * i for i in range(60))
+    assert gain(many, tuple(a + 1 for a in many)).error == pytest.approx(0.035, rel=0.1)
 
 
 def test_the_study_figure_shows_each_variation(a_study):

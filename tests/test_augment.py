@@ -385,10 +385,11 @@ def test_batched_output(name):
 def test_batched_is_alike_on_a_gpu_and_never_waits_for_it(name):
     images, module = torch.from_numpy(noise(count=64)), Batched(name, MEAN, STD)
     here = module(images, torch.Generator().manual_seed(0))
+    draws = module.draw(len(images), torch.Generator().manual_seed(0)).cuda()
     images, module = images.cuda(), module.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        there = module(images, torch.Generator().manual_seed(0))
+        there = module.transform(images, draws)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-3)

@@ -191,10 +191,14 @@ def test_going_on_under_other_conditions_is_said(tiny, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    elsewhere = {"threads": 99, "git_commit": "0123abc"}
+    elsewhere = {"threads": 99, "instructions": "ABACUS", "git_commit": "0123abc"}
+    del config["numpy"]  # as a run of an earlier version
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | elsewhere))
-    with pytest.warns(UserWarning, match=r"threads was 99 and is .*; git_commit was 0123abc and"):
+    with pytest.warns(UserWarning, match=r"threads was 99 and is ") as warned:
         train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    message = str(warned[0].message)
+    assert "instructions was ABACUS" in message and "git_commit was 0123abc" in message
+    assert "numpy" not in message
 
 
 def test_a_checkpoint_of_an_earlier_version_is_left_alone(tiny, tmp_path, monkeypatch):

@@ -109,9 +109,10 @@ def test_cores_are_shared_out(monkeypatch):
     assert sweep._share_out(100, cpu, None) == (16, 1)
     assert sweep._share_out(3, cpu, None) == (3, 5)
     assert sweep._share_out(100, cpu, 4) == (4, 4)
-    assert sweep._share_out(100, gpu, None) == (8, 2)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert sweep._share_out(100, gpu, None) == (2, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as OMP_NUM_THREADS=1 has it
+    for cores, shared in ((16, (8, 2)), (2, (2, 1))):
+        monkeypatch.setattr(sweep.os, "cpu_count", lambda cores=cores: cores)
+        assert sweep._share_out(100, gpu, None) == shared
 
 
 def test_a_run_on_other_data_is_not_passed_off_as_this_one(tiny, tmp_path):

@@ -96,6 +96,22 @@ def test_the_fast_dilated_convolution_is_torchs_own(dilation, size):
         torch.testing.assert_close(ours(x), plain)
 
 
+def test_gradients_picture_by_picture_by_torch_func():
+    torch.manual_seed(0)
+    net, pictures = NetCIFAR10_Tiny().eval(), torch.randn(3, 3, 32, 32)
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    buffers = dict(net.named_buffers())
+
+    def loss(weights, picture):
+        return -torch.func.functional_call(net, (weights, buffers), (picture[None],))[0, 7]
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, pictures)
+    net.zero_grad()
+    (-net(pictures)[:, 7]).sum().backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(each[name].sum(dim=0), parameter.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_a_dilated_convolution_under_autocast():
     """Mixed precision takes torch's own path: the other one is for a single dtype."""
     conv, x = DepthwiseConv(8, dilation=2), torch.randn(2, 8, 16, 16)

@@ -778,11 +778,13 @@ def test_any_number_of_workers_gives_the_same_bits(tiny, tmp_path, build):
     assert_same_outcome(tmp_path / "0", tmp_path / "2")
 
 
-def test_training_leaves_the_callers_random_stream_alone(tiny, tmp_path):
+def test_the_callers_random_stream_is_left_alone(tiny, tmp_path):
+    model, stats = NetCIFAR10_Tiny(), cifar10.channel_stats(tiny.train_images)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     train(get_recipe(SMALL, epochs=1), tmp_path / "r", dataset=tiny, progress=False)
+    log_probabilities(model, tiny.test_images, stats, tta=True)
     assert torch.equal(torch.rand(3), expected)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -820,7 +822,7 @@ def test_a_run_cannot_be_trained_by_two(tiny, tmp_path):
 def test_every_build_trains_alike(tmp_path):
     """Whoever makes the batches, the network learns as much from them, within noise.
 
-    Of the loss 0.17 to 0.19 is learned here; builds and seeds differ by some hundredths.
+    Of the loss 0.13 to 0.22 is learned here; builds, seeds and thread counts differ by 0.09.
     """
     data = cifar10.load("shapes", limit=1500)
     loss = {}
@@ -830,8 +832,6 @@ def test_every_build_trains_alike(tmp_path):
             epochs=4,
             batch_size=16,
             grow=1.0,  # nowhere the whole pictures: it only has to learn, not to be good
-            optimizer="adamw",
-            lr=0.01,
             build=build,
             policy="reference",
         )
