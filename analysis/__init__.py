@@ -58,6 +58,7 @@ from analysis.tables import (
     runs_table,
     separable_table,
     show,
+    show_source,
     study_table,
 )
 
@@ -71,6 +72,7 @@ __all__ = [
     "Answers",
     "answers",
     "show",
+    "show_source",
     "recipes_table",
     "metrics_table",
     "runs_table",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
@@ -48,6 +50,11 @@ def show(markdown: str) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown(markdown))
+
+
+def show_source(thing: object) -> None:
+    """Display the code of a class or a function in a notebook."""
+    show(f"```python\n{textwrap.dedent(inspect.getsource(thing))}```")
 
 
 # ------------------------------------------------------------------------------------------ of runs
