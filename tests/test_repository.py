@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import subprocess
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import nbformat
 import pytest
@@ -85,22 +85,16 @@ def test_the_tables_are_those_of_the_runs():
     assert page == publish.results_page(runs), "stale: run `make results`"
 
 
-def published_studies():
-    return publish.studies()
-
-
 def test_a_published_run_stands_for_the_base_of_a_study():
     """If it is of that recipe, as results/quick is of the base of studies/ablation.yaml."""
-    study = load_study("studies/ablation.yaml")
-    runs = analysis.find_runs(publish.RESULTS)
-    base = publish._of_the_base(study, runs)
-    assert [run.folder for run in base] == [publish.RESULTS / "quick"]
-    assert base[0].config["recipe"] == asdict(study.recipes[0])
-    assert not publish._of_the_base(replace(study, seeds=(5,)), runs)
+    first, *others = analysis.published_study("ablation")
+    assert first.folder == publish.RESULTS / "quick"
+    assert first.config["recipe"] == asdict(load_study("studies/ablation.yaml").recipes[0])
+    assert all(run.folder.parent == publish.RESULTS / "ablation" for run in others)
 
 
 def test_published_studies_hold_only_what_their_files_say():
-    for name, runs in published_studies().items():
+    for name, runs in publish.studies().items():
         study = load_study(f"studies/{name}.yaml")
         meant = {recipe.name: asdict(recipe) for recipe in study.recipes}
         for run in runs:
@@ -109,8 +103,8 @@ def test_published_studies_hold_only_what_their_files_say():
 
 
 def test_the_tables_of_the_studies_are_those_of_their_runs():
-    page = publish.STUDY_PAGE.read_text() if published_studies() else ""
-    for name, runs in published_studies().items():
+    page = publish.STUDY_PAGE.read_text() if publish.studies() else ""
+    for name, runs in publish.studies().items():
         assert page == publish.with_study(page, name, runs), "stale: run `make results`"
 
 
