@@ -430,12 +430,12 @@ def plot_study(runs: Iterable[Run]) -> Figure:
         axes.annotate("no variation is finished yet", (0.5, 0.5), xycoords="axes fraction")
     axes.axvline(0, color=GREY, linestyle="--")
     axes.set_yticks(range(len(others)), [f"{variation_name(g)}, n = {len(g)}" for g in others])
-    axes.invert_yaxis()
+    axes.set_ylim(max(1, len(others)) - 0.5, -0.5)  # the best on top
     axes.grid(axis="y", visible=False)
-    axes.margins(y=0.08)
-    axes.set_xlabel(
+    figure.supxlabel(
         f"validation accuracy less the base's ({mean_std(settled(base))} %, n = {len(base)}), "
-        "points\nbars: one standard error; grey: not clear of 0 (t-test at 5 %)"
+        "points\nbars: one standard error; grey: not clear of 0 (t-test at 5 %)",
+        fontsize=9,
     )
     figure.suptitle(_wrapped(f"Variations of the base · {base[0].data_title}", figure))
     return figure
