@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 import analysis
@@ -60,17 +61,22 @@ def rebuild(runs: list[analysis.Run]) -> None:
     for page in (ROOT / "README.md", REFERENCE_PAGE):
         page.write_text(with_tables(page, runs))
     presets = [run for run in runs if run.config["recipe"]["name"] in RECIPES]
-    analysis.plot_accuracy_vs_cost(presets).savefig(RESULTS / "accuracy.png", dpi=110)
+    _draw(analysis.plot_accuracy_vs_cost(presets), RESULTS / "accuracy.png")
     against_macs = analysis.plot_accuracy_vs_cost(presets, "multiply_adds")
-    against_macs.savefig(RESULTS / "accuracy-multiply-adds.png", dpi=110)
-    _plot_baselines(runs).savefig(RESULTS / "reference.png", dpi=110)
+    _draw(against_macs, RESULTS / "accuracy-multiply-adds.png")
+    _draw(_plot_baselines(runs), RESULTS / "reference.png")
     for run in runs:
-        analysis.plot_history(run).savefig(run.folder / "curves.png", dpi=110)
+        _draw(analysis.plot_history(run), run.folder / "curves.png")
         print(f"results/{run.name}: {run.title}")
     for name, varied in studies().items():
         STUDY_PAGE.write_text(with_study(STUDY_PAGE.read_text(), name, varied))
-        analysis.plot_study(varied).savefig(RESULTS / name / "study.png", dpi=110)
+        _draw(analysis.plot_study(varied), RESULTS / name / "study.png")
         print(f"results/{name}: a study of {len(varied)} runs")
+
+
+def _draw(figure: Figure, file: Path) -> None:
+    figure.savefig(file, dpi=110)
+    plt.close(figure)  # dozens at once would be a warning, and memory
 
 
 def studies() -> dict[str, list[analysis.Run]]:

@@ -117,7 +117,14 @@ def test_a_table_goes_between_its_marks_and_needs_them():
 
 def test_the_readmes_first_paragraphs_quote_the_runs():
     first_screen = (ROOT / "README.md").read_text().split("<!-- results -->")[0]
-    for recipe in ("baseline-test-selected", "baseline-val", "quick", "sprint", "tuned"):
+    for recipe in (
+        "baseline-test-selected",
+        "baseline-val",
+        "quick",
+        "sprint",
+        "sprint-full",
+        "tuned",
+    ):
         runs = [publish.RESULTS / recipe, *publish.RESULTS.glob(f"{recipe}-seed*")]
         files = [run / "metrics.json" for run in runs if (run / "metrics.json").is_file()]
         reached = [json.loads(file.read_text())["test_acc"] for file in files]
