@@ -46,7 +46,7 @@ from analysis.runs import (
     variation_name,
 )
 from analysis.tables import mean_std
-from recipes import DEFAULTS, Recipe, check_choice
+from recipes import Recipe, check_choice
 from tiny_cifar10_net import Field, layer_costs, receptive_field
 
 PICTURE = 32  # side of a picture of CIFAR-10, in pixels
@@ -256,13 +256,13 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
         colour = colours[_kind(run)]
         _draw_curves(loss, run, "loss", colour)
         _draw_curves(accuracy, run, "acc", colour)
-        share = run.history["lr"] / _recipe(run)["lr"]
+        share = run.history["lr"] / run.recipe["lr"]
         lr.plot(run.history["epoch"], share, color=colour, marker=_marker(run))
     for kind, colour in colours.items():
         sides = _sides(next(run for run in runs if _kind(run) == kind))
         for axes in (loss, accuracy):
             _draw_growth(axes, sides, colour, named=len(colours) == 1)
-    if any(_recipe(run)["schedule"] == "plateau" for run in runs):
+    if any(run.recipe["schedule"] == "plateau" for run in runs):
         lr.set_yscale("log")  # its drops are factors
         lr.set_ylim(bottom=max(lr.get_ylim()[0], 3e-5))  # one cycle ends at nothing
     loss.set_ylabel("loss")
@@ -498,10 +498,6 @@ def _selection_labels(runs: Sequence[Run]) -> str:
     return " and ".join(labels[where] for where in selected_on)
 
 
-def _recipe(run: Run) -> dict:
-    return DEFAULTS | run.config["recipe"]  # a field that came later had its default
-
-
 def _kind(run: Run) -> tuple[str, str, str]:
     """What runs share that differ in their seed alone, as far as a figure tells them apart."""
     return run.config["recipe"]["name"], run.protocol, run.data_title
@@ -515,14 +511,14 @@ def _colour_by_kind(runs: Sequence[Run]) -> dict[tuple, str]:
 
 def _rates(run: Run) -> str:
     """The highest learning rate of each optimizer in use."""
-    recipe = _recipe(run)
+    recipe = run.recipe
     muon = f", Muon's {recipe['muon_lr']:g}" if recipe["optimizer"].startswith("muon") else ""
     return f"highest learning rate {recipe['lr']:g}{muon}"
 
 
 def _sides(run: Run) -> dict[int, int]:
     """The side of the training pictures, in pixels, by the epoch that it first comes with."""
-    growth = {name: _recipe(run)[name] for name in ("epochs", "start_side", "grow")}
+    growth = {name: run.recipe[name] for name in ("epochs", "start_side", "grow")}
     recipe = Recipe("", **growth)
     sides = {}
     for epoch in range(1, run.epochs + 1):

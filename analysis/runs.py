@@ -51,6 +51,11 @@ class Run:
         return len(self.history["epoch"])
 
     @property
+    def recipe(self) -> dict:
+        """All fields of its recipe; one that came later had its default."""
+        return DEFAULTS | self.config["recipe"]
+
+    @property
     def data_title(self) -> str:
         """The data set, as `cifar10.Data.title` has it."""
         return cifar10.title(self.config["dataset"], self.config.get("limit"))
@@ -328,10 +333,9 @@ def grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
     for run in runs:
         if run.metrics is None:
             continue
-        recipe = DEFAULTS | run.config["recipe"]  # a field that came later had its default
         # The teacher's weights as well: what a name stands for may change.
         teacher = run.config.get("teacher_sha256")
-        key = (json.dumps(recipe, sort_keys=True), teacher, run.data_title, run.protocol)
+        key = (json.dumps(run.recipe, sort_keys=True), teacher, run.data_title, run.protocol)
         seeds = groups.setdefault(key, {})
         if run.config["seed"] in seeds:
             repeats.append(run.name)
@@ -371,7 +375,7 @@ def published_study(name: str) -> list[Run]:
     base = asdict(study.recipes[0])
     found = []
     for run in find_runs(RESULTS):
-        recipe = DEFAULTS | run.config["recipe"] | {"name": "base"}
+        recipe = run.recipe | {"name": "base"}
         same = recipe == base and run.config["protocol"] == "val"
         if same and run.config["seed"] in study.seeds:
             found.append(replace(run, config=run.config | {"recipe": recipe}))
@@ -405,7 +409,7 @@ def gains(groups: list[list[Run]]) -> list[Gain]:
     agree by chance: three of `tuned`'s to 0.08 points. But accuracy is counted on n pictures, and
     networks that differ in their seed alone are right on different ones: with the accuracy p, by
     p (1 - p) / 2n of variance, if about half of a picture's being right or wrong is the seed's
-    doing (measured: seeds disagree on as many pictures as that takes). This counts as much as PRIOR
+    doing (measured: 0.47 of it for `tuned`, 0.38 for `sprint`). This counts as much as PRIOR
     differences between seeds do (a moderated t-test: Smyth, 2004, doi 10.2202/1544-6115.1027):
 
         s² = (PRIOR p (1 - p) / 2n + sum of (n_i - 1) s_i²) / (PRIOR + sum of (n_i - 1))

@@ -33,7 +33,7 @@ from analysis.runs import (
     study_groups,
     variation_name,
 )
-from recipes import DEFAULTS, Recipe
+from recipes import Recipe
 from tiny_cifar10_net import (
     Field,
     LayerCost,
@@ -195,7 +195,7 @@ def _mean_loss(group: list[Run]) -> str:
 
 def _changes(base: Run, run: Run) -> str:
     """The fields of a recipe that differ from the base's."""
-    was, now = (DEFAULTS | r.config["recipe"] for r in (base, run))
+    was, now = base.recipe, run.recipe
     changed = [k for k in now if k != "name" and now[k] != was[k]]
     return ", ".join(f"`{k}={now[k]}`" for k in changed)
 
@@ -285,8 +285,7 @@ def fit_table(run: Run, data: cifar10.Data) -> str:
         load_model(run), data.train_images[index], data.train_labels[index], run.stats
     )
     m, fed = run.metrics, run.metrics["best_epoch"] - 1
-    recipe = DEFAULTS | run.config["recipe"]
-    plain = recipe["label_smoothing"] == 0 and recipe["teacher"] is None
+    plain = run.recipe["label_smoothing"] == 0 and run.recipe["teacher"] is None
     fed_loss = run.history["train_loss"][fed] if plain else None  # another loss can't be compared
     rows = [
         ("training, as fed: augmented", run.config["split"]["train"], m["train_acc"], fed_loss),
