@@ -11,10 +11,15 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, compile, nn
+from torch.func import functional_call
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
 
-__all__ = ["CompiledNetwork", "Memory", "merged", "peak_memory"]
+__all__ = ["CompiledNetwork", "Memory", "has_bfloat16", "merged", "peak_memory"]
+
+# A value that several passes need is computed in each of them: to the compiler, such a chain is too
+# long, and so it would write the masked gradient of every ReLU to memory, and read it twice.
+RECOMPUTE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 100}
 
 
 class CompiledNetwork:
@@ -30,14 +35,21 @@ class CompiledNetwork:
             compiled works on the tensors it has now; they stay its own.
         batch_size: N of a whole batch.
         sides: the sides, in pixels, that are compiled.
+        precision: float32, or bfloat16 for `merged`'s kind of it, on a CPU.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, sides: Collection[int]):
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int,
+        sides: Collection[int],
+        precision: torch.dtype = torch.float32,
+    ):
         self.model, self.batch_size, self.sides = model, batch_size, set(sides)
         # It warns of a CUDA toolkit without a GPU, which is of no concern here.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         if next(model.parameters()).device.type == "cpu" and isinstance(model, NetCIFAR10_Tiny):
-            model = merged(model)
+            model = merged(model, precision)
         # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
         # All networks of a process share a list of programs, which by default holds eight and then
         # is no longer added to, without a word.
@@ -45,7 +57,7 @@ class CompiledNetwork:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # The backward pass with the forward: what fails, fails below, where it can be helped.
         torch._functorch.config.force_non_lazy_backward_lowering = True
-        self.program = compile(model, dynamic=False)
+        self.program = compile(model, dynamic=False, options=RECOMPUTE)
 
     def __call__(self, images: Tensor) -> Tensor:
         whole = len(images) == self.batch_size and images.shape[-1] in self.sides
@@ -72,23 +84,54 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: NetCIFAR10_Tiny, precision: torch.dtype = torch.float32) -> nn.Module:
     """The same network for training, of the same parameters and buffers, each BatchNorm and the
     ReLU that follows it in one step, as the compiler makes best use of them on a CPU.
 
-    Args:
-        model: a network whose every BatchNorm is followed by a ReLU, and every ReLU follows one,
-            as in `NetCIFAR10_Tiny`.
+    In bfloat16 the pictures, all that passes between convolutions, and the convolutions' weights
+    are rounded to it. Parameters, BatchNorm's sums, pool, head and loss stay in float32 (mixed
+    precision: Micikevicius et al., 2018, arXiv:1710.03740; bfloat16 needs no loss scaling).
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, memo=tensors).train()
+    twin, rounded = copy.deepcopy(model, memo=tensors).train(), precision != torch.float32
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, _NormReLU(child))
             elif isinstance(child, nn.ReLU):
                 setattr(parent, name, nn.Identity())
+            elif isinstance(child, nn.Conv2d) and child is not twin.head and rounded:
+                setattr(parent, name, _Rounded(child, precision))
+    if rounded:
+        twin.gap = nn.Sequential(_To(torch.float32), twin.gap)
     return twin
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself: elsewhere it is no faster than float32."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+class _Rounded(nn.Module):
+    """A convolution of another precision than its weights are kept in."""
+
+    def __init__(self, conv: nn.Conv2d, precision: torch.dtype):
+        super().__init__()
+        self.conv, self.precision = conv, precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight.to(self.precision)
+        return functional_call(self.conv, {"weight": weight}, (x.to(self.precision),))
+
+
+class _To(nn.Module):
+    def __init__(self, precision: torch.dtype):
+        super().__init__()
+        self.precision = precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.precision)
 
 
 class _NormReLU(nn.Module):
@@ -116,10 +159,14 @@ class _NormReLU(nn.Module):
 
 
 class _NormReLUFunction(torch.autograd.Function):
-    """relu(weight (x - mean) / std + bias); also the mean and the variance, both (C,)."""
+    """relu(weight (x - mean) / std + bias), of x's dtype; also the mean and the variance, (C,).
+
+    All else is float32, which costs nothing as long as it isn't written to memory.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, guess: Tensor, eps: float):
+        rounded, x = x, _exact(x)
         # About a guess at the mean, lest the squares' sum lose digits where the mean is hundreds of
         # standard deviations; in the first steps the guess is 0, and so, nearly, are the means.
         centred = x - _spread(guess)
@@ -130,22 +177,30 @@ class _NormReLUFunction(torch.autograd.Function):
         mean, scale = guess + offset, (var + eps).rsqrt()
         gain = weight * scale
         shift = bias - mean * gain
-        ctx.save_for_backward(x, mean, scale, gain, shift)
+        ctx.save_for_backward(rounded, mean, scale, gain, shift)
         ctx.mark_non_differentiable(mean, var)
-        return (x * _spread(gain) + _spread(shift)).relu(), mean, var
+        y = (x * _spread(gain) + _spread(shift)).relu()
+        return y.to(rounded.dtype), mean, var
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
         x, mean, scale, gain, shift = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
+        precision, count = x.dtype, x.numel() // x.shape[1]
+        x, grad = _exact(x), _exact(grad)
         grad = torch.where(x * _spread(gain) + _spread(shift) > 0, grad, 0)
         grad_bias = _sum(grad)
         grad_weight = _sum(grad * (x - _spread(mean))) * scale
-        # Ioffe and Szegedy (2015, arXiv:1502.03167), as a straight line in grad and x.
-        slope = -gain * scale * grad_weight / count
-        constant = -gain * grad_bias / count - mean * slope
+        # Ioffe and Szegedy (2015, arXiv:1502.03167), as a straight line in grad and x. Times 1/n:
+        # the compiler does this for every pixel anew, and a division takes it much longer.
+        slope = -gain * scale * grad_weight * (1 / count)
+        constant = -gain * grad_bias * (1 / count) - mean * slope
         grad_x = grad * _spread(gain) + x * _spread(slope) + _spread(constant)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x.to(precision), grad_weight, grad_bias, None, None
+
+
+def _exact(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _spread(channels: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import augment
 import cifar10
 import ingredients
-from engine import CompiledNetwork, Memory, peak_memory
+from engine import CompiledNetwork, Memory, has_bfloat16, peak_memory
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, Recipe, check_choice, check_number, get_recipe
 from run_directory import RunError, claim, is_finished, write, write_json
@@ -90,6 +90,7 @@ def train(
     force: bool = False,
     progress: bool = True,
     compile: bool | str = "auto",
+    precision: str = "auto",
 ) -> dict:
     """Train `NetCIFAR10_Tiny` and write a run directory.
 
@@ -110,6 +111,8 @@ def train(
         compile: True uses torch.compile, False does without, "auto" compiles for picture sizes
             that the run feeds COMPILE_FROM pictures of. It changes the speed, and of the numbers
             only what rounding changes; a resumed run is to have the same.
+        precision: of what is compiled: float32; bfloat16, for a CPU, see `engine.merged`; "auto"
+            takes bfloat16 where the CPU computes with it. A resumed run is to have the same.
 
     Returns:
         What metrics.json holds. Accuracies are percentages.
@@ -127,6 +130,7 @@ def train(
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
     device = pick_device(device)
+    precision = _pick_precision(precision, device)
     data = dataset if isinstance(dataset, cifar10.Data) else cifar10.load(dataset)
     run_dir = run_folder(recipe, protocol, seed) if run_dir is None else ROOT / run_dir
 
@@ -137,7 +141,7 @@ def train(
             f"the number of training images; got {recipe.batch_size}"
         )
     teacher = _teacher(recipe, protocol, data)
-    config = _config(recipe, seed, protocol, data, problem, device, compile)
+    config = _config(recipe, seed, protocol, data, problem, device, compile, precision)
     who = identity(recipe, seed, protocol, data)
     with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable(device):
         if is_finished(run_dir):
@@ -145,7 +149,9 @@ def train(
                 print("This run is finished, and kept: FORCE=1 (force=True) would train it anew.")
             return json.loads((run_dir / "metrics.json").read_text())
         _warn_if_elsewhere(begun, config)
-        run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
+        run = _Run(
+            recipe, seed, problem, device, workers, run_dir, progress, compile, precision, teacher
+        )
         try:
             run.fit()
         except KeyboardInterrupt:
@@ -193,6 +199,20 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def _pick_precision(name: str, device: torch.device) -> str:
+    """What `auto` means on this device: float32 or bfloat16.
+
+    Raises:
+        ValueError: another name; bfloat16 elsewhere than on a CPU.
+    """
+    check_choice("precision", name, ("auto", "float32", "bfloat16"))
+    if name == "bfloat16" and device.type != "cpu":
+        raise ValueError(f"precision 'bfloat16' is for CPUs so far, not for {device}: leave it out")
+    if name == "auto":
+        return "bfloat16" if device.type == "cpu" and has_bfloat16() else "float32"
+    return name
+
+
 def train_index(data: cifar10.Data, protocol: str) -> np.ndarray:
     """Which of the data's training pictures a protocol trains on: int64 indices, sorted."""
     if protocol == "val":
@@ -224,7 +244,17 @@ class _Run:
     """One training in progress. Its whole state between two epochs is what last.pt holds."""
 
     def __init__(
-        self, recipe, seed, problem, device, workers, run_dir, progress, compile, teacher=None
+        self,
+        recipe,
+        seed,
+        problem,
+        device,
+        workers,
+        run_dir,
+        progress,
+        compile,
+        precision,
+        teacher=None,
     ):
         self.recipe, self.problem, self.device = recipe, problem, device
         self.seed, self.run_dir, self.progress = seed, run_dir, progress
@@ -237,7 +267,9 @@ class _Run:
             ingredients.whiten(model.c1[0][0], problem.train[0][some], problem.stats)
         self.model = model.to(device, memory_format=torch.channels_last)
         sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
-        self.network = CompiledNetwork(self.model, recipe.batch_size, sides)
+        self.network = CompiledNetwork(
+            self.model, recipe.batch_size, sides, getattr(torch, precision)
+        )
         self.teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
         self.feed = make_feed(recipe, seed, problem, device, workers)
         self.optimizers = ingredients.optimizers(recipe, self.model)
@@ -555,7 +587,7 @@ def _sha256(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "best.pt").read_bytes()).hexdigest()
 
 
-def _config(recipe, seed, protocol, data, problem, device, compile) -> dict:
+def _config(recipe, seed, protocol, data, problem, device, compile, precision) -> dict:
     return {
         **identity(recipe, seed, protocol, data),
         "split": {
@@ -575,13 +607,23 @@ def _config(recipe, seed, protocol, data, problem, device, compile) -> dict:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "compile": compile,
+        "precision": precision,
         "git_commit": _git_commit(),
         "command": _command(recipe, seed, protocol, data),
     }
 
 
 # What changes the digits, beside the run's identity; on a GPU `device` names it.
-_CONDITIONS = ("threads", "instructions", "device", "torch", "numpy", "compile", "git_commit")
+_CONDITIONS = (
+    "threads",
+    "instructions",
+    "device",
+    "torch",
+    "numpy",
+    "compile",
+    "precision",
+    "git_commit",
+)
 
 
 def _warn_if_elsewhere(begun: dict, now: dict) -> None:
