@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
 
-__all__ = ["CompiledNetwork", "Memory", "has_bfloat16", "merged", "peak_memory"]
+__all__ = ["CompiledNetwork", "Memory", "has_bfloat16", "merged", "peak_memory", "rounded"]
 
 # A value that several passes need is computed in each of them: to the compiler, such a chain is too
 # long, and so it would write the masked gradient of every ReLU to memory, and read it twice.
@@ -35,7 +35,7 @@ class CompiledNetwork:
             compiled works on the tensors it has now; they stay its own.
         batch_size: N of a whole batch.
         sides: the sides, in pixels, that are compiled.
-        precision: float32, or bfloat16 for `merged`'s kind of it, on a CPU.
+        precision: float32, or another that a NetCIFAR10_Tiny is `rounded` to.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class CompiledNetwork:
         # It warns of a CUDA toolkit without a GPU, which is of no concern here.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         if next(model.parameters()).device.type == "cpu" and isinstance(model, NetCIFAR10_Tiny):
-            model = merged(model, precision)
+            model = merged(model)
+        if precision != torch.float32:
+            model = rounded(model, precision)
         # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
         # All networks of a process share a list of programs, which by default holds eight and then
         # is no longer added to, without a word.
@@ -84,26 +86,37 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def merged(model: NetCIFAR10_Tiny, precision: torch.dtype = torch.float32) -> nn.Module:
+def merged(model: nn.Module) -> nn.Module:
     """The same network for training, of the same parameters and buffers, each BatchNorm and the
     ReLU that follows it in one step, as the compiler makes best use of them on a CPU.
 
-    In bfloat16 the pictures, all that passes between convolutions, and the convolutions' weights
-    are rounded to it. Parameters, BatchNorm's sums, pool, head and loss stay in float32 (mixed
-    precision: Micikevicius et al., 2018, arXiv:1710.03740; bfloat16 needs no loss scaling).
+    Args:
+        model: a network whose every BatchNorm is followed by a ReLU, and every ReLU follows one,
+            as in `NetCIFAR10_Tiny`.
     """
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    twin, rounded = copy.deepcopy(model, memo=tensors).train(), precision != torch.float32
+    twin = _twin(model).train()
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, _NormReLU(child))
             elif isinstance(child, nn.ReLU):
                 setattr(parent, name, nn.Identity())
-            elif isinstance(child, nn.Conv2d) and child is not twin.head and rounded:
+    return twin
+
+
+def rounded(model: NetCIFAR10_Tiny, precision: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The same network, of the same parameters and buffers, in mixed precision.
+
+    The pictures, all that passes between layers, and the convolutions' weights are rounded as they
+    are used. The parameters themselves, BatchNorm's sums, pool and head stay float32 (Micikevicius
+    et al., 2018, arXiv:1710.03740; with bfloat16's exponents the loss needs no scaling).
+    """
+    twin = _twin(model)
+    for parent in list(twin.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d) and child is not twin.head:
                 setattr(parent, name, _Rounded(child, precision))
-    if rounded:
-        twin.gap = nn.Sequential(_To(torch.float32), twin.gap)
+    twin.gap = nn.Sequential(_To(torch.float32), twin.gap)
     return twin
 
 
@@ -111,6 +124,12 @@ def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 by itself: elsewhere it is no faster than float32."""
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares the tensors."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=tensors)
 
 
 class _Rounded(nn.Module):

@@ -202,7 +202,8 @@ def speed_table(result: dict) -> str:
     parts = {name: f"{100 * share:.1f} %" for name, share in result["share_of_step"].items()}
     rows = [
         ("training images/s, ours over the reference's loop", f"{result['ratio']:.2f}x", "3x"),
-        ("the same without torch.compile", f"{result['ratio_eager']:.2f}x", ""),
+        ("the same in float32", f"{result['ratio_float32']:.2f}x", "3x"),
+        ("the same in float32 without torch.compile", f"{result['ratio_eager']:.2f}x", ""),
         (
             f"{side_by_side}, over the reference's loop",
             f"{result['ratio_one_thread_runs_side_by_side']:.2f}x",
@@ -236,7 +237,12 @@ def speed_table(result: dict) -> str:
             "under 1,536 MiB",
         ),
         (
-            f"the same, batch {small['batch_size']}",
+            "the same in float32",
+            f"{result['peak_memory_mib_float32']:,} MiB",
+            "under 1,536 MiB",
+        ),
+        (
+            f"batch {small['batch_size']}",
             f"{small['peak_memory_mib']:,} MiB",
             "under 1,536 MiB",
         ),
@@ -252,7 +258,7 @@ def speed_table(result: dict) -> str:
     lines = ["| figure | measured | goal |", "| :--- | ---: | ---: |"]
     lines += [f"| {figure} | {value} | {goal} |" for figure, value, goal in rows]
     note = f"Measured on {machine_name(machine)}, torch {machine['torch']}, "
-    note += f"batch {result['batch_size']}, "
+    note += f"batch {result['batch_size']} and {machine['precision']} unless said otherwise, "
     note += f"medians of {result['rounds']} rounds, {result['date']}."
     return "\n".join([*lines, "", note, ""])
 

@@ -131,11 +131,16 @@ class _Strided(torch.autograd.Function):
     filter turned about.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
+    def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
         return F.conv2d(x, weight, stride=stride, padding=1, groups=x.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, ctx.stride = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

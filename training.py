@@ -111,8 +111,9 @@ def train(
         compile: True uses torch.compile, False does without, "auto" compiles for picture sizes
             that the run feeds COMPILE_FROM pictures of. It changes the speed, and of the numbers
             only what rounding changes; a resumed run is to have the same.
-        precision: of what is compiled: float32; bfloat16, for a CPU, see `engine.merged`; "auto"
-            takes bfloat16 where the CPU computes with it. A resumed run is to have the same.
+        precision: of what is compiled: float32; bfloat16, see `engine.rounded`; "auto" takes
+            bfloat16 where it was measured to be faster, on a CPU that computes with it. A resumed
+            run is to have the same.
 
     Returns:
         What metrics.json holds. Accuracies are percentages.
@@ -130,7 +131,7 @@ def train(
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
     device = pick_device(device)
-    precision = _pick_precision(precision, device)
+    precision = pick_precision(precision, device)
     data = dataset if isinstance(dataset, cifar10.Data) else cifar10.load(dataset)
     run_dir = run_folder(recipe, protocol, seed) if run_dir is None else ROOT / run_dir
 
@@ -199,18 +200,16 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _pick_precision(name: str, device: torch.device) -> str:
-    """What `auto` means on this device: float32 or bfloat16.
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` takes bfloat16 on a CPU that computes with it, else float32.
 
     Raises:
-        ValueError: another name; bfloat16 elsewhere than on a CPU.
+        ValueError: another name than auto, float32 and bfloat16.
     """
     check_choice("precision", name, ("auto", "float32", "bfloat16"))
-    if name == "bfloat16" and device.type != "cpu":
-        raise ValueError(f"precision 'bfloat16' is for CPUs so far, not for {device}: leave it out")
-    if name == "auto":
-        return "bfloat16" if device.type == "cpu" and has_bfloat16() else "float32"
-    return name
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cpu" and has_bfloat16() else "float32"
 
 
 def train_index(data: cifar10.Data, protocol: str) -> np.ndarray:

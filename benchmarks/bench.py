@@ -26,6 +26,7 @@ from contestants import BATCH, SMALL
 
 from publish import machine_name, speed_table
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs
+from training import pick_device, pick_precision
 
 HERE = Path(__file__).resolve().parent
 
@@ -107,7 +108,7 @@ def side_by_side(name: str, count: int, rounds: int, steps: int) -> float:
 # ------------------------------------------------------------------------------------- roofline
 
 
-def roofline(step_seconds: float) -> dict:
+def roofline(step_seconds: float, precision: torch.dtype) -> dict:
     """What a step takes at least: its multiply-adds at the peak, its bytes at the bandwidth.
 
     Three times the forward multiply-adds (outputs, gradients of inputs, of weights). Each
@@ -116,11 +117,11 @@ def roofline(step_seconds: float) -> dict:
     convolution's weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    peak, bandwidth = measured_peak(device), measured_bandwidth(device)
+    peak, bandwidth = measured_peak(device, precision), measured_bandwidth(device)
     costs = layer_costs(NetCIFAR10_Tiny())
     macs = 3 * BATCH * sum(c.macs for c in costs)
     outputs = [c.out_shape for c in costs if "Conv" in c.kind]
-    activations = 6 * BATCH * 4 * sum(c * h * w for c, h, w in outputs)
+    activations = 6 * BATCH * precision.itemsize * sum(c * h * w for c, h, w in outputs)
     floors = {"multiply-adds": macs / peak, "memory": activations / bandwidth}
     bound = max(floors, key=floors.get)
     return {
@@ -132,11 +133,12 @@ def roofline(step_seconds: float) -> dict:
     }
 
 
-def measured_peak(device: str) -> float:
-    """Multiply-adds a second of a large float32 convolution, which outdoes matrix products here."""
-    images = torch.randn(32, 256, 32, 32, device=device).to(memory_format=torch.channels_last)
+def measured_peak(device: str, precision: torch.dtype) -> float:
+    """Multiply-adds a second of a large convolution, which outdoes matrix products here."""
+    images = torch.randn(32, 256, 32, 32, device=device)
+    images = images.to(precision, memory_format=torch.channels_last)
     conv = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False, device=device)
-    conv = conv.to(memory_format=torch.channels_last)
+    conv = conv.to(precision, memory_format=torch.channels_last)
     with torch.inference_mode():
         seconds = median_seconds(lambda: conv(images), device)
     return 32 * 32 * 32 * conv.weight.numel() / seconds
@@ -209,6 +211,7 @@ def machine() -> dict:
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "precision": pick_precision("auto", pick_device()),
         "gpu": gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -216,7 +219,8 @@ def machine() -> dict:
 
 
 def measure(rounds: int, steps: int) -> dict:
-    runs = race(["reference", "ours", "ours-eager", "ours-small"], rounds, steps)
+    names = ["reference", "ours", "ours-float32", "ours-eager", "ours-small"]
+    runs = race(names, rounds, steps)
     rates = {name: run.images_per_second() for name, run in runs.items()}
     turns = runs["ours"].turns
     # Where steps can be told apart; see contestants.Clock.
@@ -229,8 +233,9 @@ def measure(rounds: int, steps: int) -> dict:
         name: side_by_side(f"{name}-one-thread", threads, rounds, steps)
         for name in ("ours", "ours-small")
     }
+    here = machine()
     return {
-        "machine": machine(),
+        "machine": here,
         "date": time.strftime("%Y-%m-%d"),
         "batch_size": BATCH,
         "rounds": rounds,
@@ -241,6 +246,7 @@ def measure(rounds: int, steps: int) -> dict:
             for name, run in runs.items()
         },
         "ratio": rates["ours"] / rates["reference"],
+        "ratio_float32": rates["ours-float32"] / rates["reference"],
         "ratio_eager": rates["ours-eager"] / rates["reference"],
         "ratio_one_thread_runs_side_by_side": together["ours"] / rates["reference"],
         "small_batches": {
@@ -250,10 +256,11 @@ def measure(rounds: int, steps: int) -> dict:
             "peak_memory_mib": runs["ours-small"].turns[-1]["peak_memory_mib"],
         },
         "share_of_step": parts,
-        "roofline": roofline(BATCH / rates["ours"]),
+        "roofline": roofline(BATCH / rates["ours"], getattr(torch, here["precision"])),
         "seconds_to_first_step_without_compile": runs["ours-eager"].seconds_to_first_step,
         "seconds_to_first_step_with_compile": runs["ours"].seconds_to_first_step,
         "peak_memory_mib": turns[-1]["peak_memory_mib"],
+        "peak_memory_mib_float32": runs["ours-float32"].turns[-1]["peak_memory_mib"],
         "peak_memory_mib_without_compile": runs["ours-eager"].turns[-1]["peak_memory_mib"],
         "inference_one_core": inference(rounds),
     }
@@ -265,8 +272,9 @@ def plot(result: dict):
     reference = result["images_per_second"]["reference"]
     labels = {
         "reference": "reference's loop",
-        "ours-eager": "ours, eager",
-        "ours": "ours, compiled",
+        "ours-eager": "ours, eager, float32",
+        "ours-float32": "ours, compiled, float32",
+        "ours": f"ours, compiled, {result['machine']['precision']}",
     }
     for y, name in enumerate(labels):
         rate = result["images_per_second"][name] / reference
@@ -274,7 +282,7 @@ def plot(result: dict):
         left.plot([r / reference for r in turns[name]], [y] * len(turns[name]), "k.", ms=4)
         left.text(rate, y + 0.36, f"{rate:.2f}x", va="bottom", ha="right", fontsize=9)
     left.set_yticks(range(len(labels)), labels.values())
-    left.set(xlabel="training images/s, over the reference's loop", ylim=(-0.5, 2.8))
+    left.set(xlabel="training images/s, over the reference's loop", ylim=(-0.5, 3.8))
     start = 0.0
     for part, share in result["share_of_step"].items():
         right.barh(0, 100 * share, left=start, height=0.5, label=part)

@@ -79,7 +79,7 @@ def ours(batch_size=BATCH, compiled=True, threads=None, precision="auto"):
     if threads:
         torch.set_num_threads(threads)
     device = training.pick_device()
-    precision = training._pick_precision(precision, device)
+    precision = training.pick_precision(precision, device)
     recipe = recipes.get_recipe("baseline", batch_size=batch_size, policy=POLICY, name="bench")
     problem = training._Problem(cifar10.load(), "full")
     with tempfile.TemporaryDirectory() as folder, training._repeatable(device):

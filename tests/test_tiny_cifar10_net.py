@@ -1,5 +1,6 @@
 """The network: what design and the reference say of it, counted and measured independently."""
 
+import copy
 import hashlib
 import json
 import pickle
@@ -94,6 +95,26 @@ def test_the_fast_dilated_convolution_is_torchs_own(dilation, size):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), plain)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 15)])
+def test_a_strided_convolution_in_bfloat16(size):
+    """Against float32 on the same rounded numbers."""
+    torch.manual_seed(0)
+    ours = DepthwiseConv(6, stride=2).bfloat16()
+    x = torch.randn(2, 6, *size).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    exact, pictures = copy.deepcopy(ours).float(), x.detach().float().requires_grad_()
+    got, expected = ours(x), exact(pictures)
+    weights = torch.randn_like(expected).bfloat16()
+    got.backward(weights)
+    expected.backward(weights.float())
+    for mine, theirs in (
+        (got, expected),
+        (x.grad, pictures.grad),
+        (ours.weight.grad, exact.weight.grad),
+    ):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.float(), theirs, rtol=0.01, atol=0.03)
 
 
 def test_gradients_picture_by_picture_by_torch_func():

@@ -17,7 +17,7 @@ import cifar10
 import ingredients
 import run_directory
 import training
-from engine import CompiledNetwork, merged
+from engine import CompiledNetwork, merged, rounded
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
 from run_directory import RunError
@@ -117,6 +117,7 @@ def test_unknown_names_list_the_valid_ones(tiny, tmp_path):
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"workers": -1}, "workers must be"),
         ({"compile": "yes"}, "compile must be True, False or 'auto'"),
+        ({"precision": "half"}, "unknown precision 'half'; valid: auto, float32, bfloat16"),
         ({"force": "no"}, "force must be True or False, not 'no'"),
         ({"device": "gpu"}, "unknown device 'gpu'; valid: auto, cpu"),
         ({"recipe": get_recipe(SMALL, batch_size=181)}, "batch_size .* from 1 to 180, the number"),
@@ -513,8 +514,9 @@ def test_compiled_where_it_pays():
 def test_the_compiled_network_trains_alike(tiny, tmp_path):
     """Also the last batch, which is a smaller one: 180 pictures in batches of 64."""
     recipe = get_recipe(SMALL, epochs=1, batch_size=64, lr=0.01)
-    plain = train(recipe, tmp_path / "plain", dataset=tiny, compile=False, progress=False)
-    compiled = train(recipe, tmp_path / "compiled", dataset=tiny, compile=True, progress=False)
+    settings = {"dataset": tiny, "progress": False, "precision": "float32"}
+    plain = train(recipe, tmp_path / "plain", compile=False, **settings)
+    compiled = train(recipe, tmp_path / "compiled", compile=True, **settings)
     assert compiled["compiled_sides"] == [32]
     assert plain["compiled_sides"] == []
     assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-4)
@@ -540,6 +542,64 @@ def test_compiled_gradients_are_as_exact_as_plain_ones(tiny):
     exact = gradient(nets[2].double(), nets[2], images.double())
     assert (ours - exact).norm() < 2 * (plain - exact).norm()
     assert (ours - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("fast", [merged, lambda model: model], ids=["merged", "plain"])
+def test_bfloat16_between_layers_and_float32_elsewhere(fast, tiny):
+    """Against double precision; of the gradients a fifth may be noise, as of so few pictures."""
+    model = load_pretrained("tuned").train()
+    plain = augment.Batched("none", model.mean, model.std)
+    images = plain(torch.from_numpy(tiny.train_images[:64]))
+    labels = torch.from_numpy(tiny.train_labels[:64])
+    exact = copy.deepcopy(model).double()
+    before = copy.deepcopy(model.state_dict())
+    twin, seen = rounded(fast(model)), []
+    for module in twin.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, _, y: seen.append((module, y.dtype)))
+    output, wanted = twin(images), exact(images.double())
+    F.nll_loss(output, labels).backward()
+    F.nll_loss(wanted, labels).backward()
+    assert [y for _, y in seen] == [torch.bfloat16] * (len(seen) - 1) + [torch.float32]
+    assert [m for m, _ in seen] == [m for m in twin.modules() if isinstance(m, nn.Conv2d)]
+    assert output.dtype == torch.float32
+    assert (output - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+    assert list(map(id, twin.parameters())) == list(map(id, model.parameters()))
+    for parameter in model.parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+    ours, theirs = (
+        torch.cat([p.grad.double().flatten() for p in net.parameters()]) for net in (model, exact)
+    )
+    assert (ours - theirs).norm() < 0.2 * theirs.norm()
+    for name, value in model.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(
+                value, exact.state_dict()[name].float(), rtol=0.01, atol=0.01
+            )
+            assert not torch.equal(value, before[name])
+
+
+def test_precision_is_chosen_by_the_device(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("training.has_bfloat16", lambda has=has: has)
+        assert training.pick_precision("auto", cpu) == name
+        assert training.pick_precision("auto", gpu) == "float32"
+        assert training.pick_precision("float32", cpu) == "float32"
+        assert training.pick_precision("bfloat16", gpu) == "bfloat16"
+
+
+@needs_compiler
+def test_a_run_in_bfloat16(tiny, tmp_path):
+    """It says so, gives the same bits twice, and other ones than float32."""
+    recipe = get_recipe(SMALL, epochs=1, batch_size=64, lr=0.01)
+    settings = {"dataset": tiny, "progress": False, "compile": True}
+    for name, precision in (("a", "bfloat16"), ("b", "bfloat16"), ("c", "float32")):
+        metrics = train(recipe, tmp_path / name, precision=precision, **settings)
+        assert metrics["compiled_sides"] == [32]
+        assert json.loads((tmp_path / name / "config.json").read_text())["precision"] == precision
+    a, b, c = ((tmp_path / name / "best.pt").read_bytes() for name in "abc")
+    assert a == b != c
 
 
 @pytest.mark.parametrize("options", [{}, {"separable": False}])
