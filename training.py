@@ -142,6 +142,8 @@ def train(
             f"the number of training images; got {recipe.batch_size}"
         )
     teacher = _teacher(recipe, protocol, data)
+    sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
+    precision = precision if sides else "float32"
     config = _config(recipe, seed, protocol, data, problem, device, compile, precision)
     who = identity(recipe, seed, protocol, data)
     with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable(device):
@@ -151,7 +153,7 @@ def train(
             return json.loads((run_dir / "metrics.json").read_text())
         _warn_if_elsewhere(begun, config)
         run = _Run(
-            recipe, seed, problem, device, workers, run_dir, progress, compile, precision, teacher
+            recipe, seed, problem, device, workers, run_dir, progress, sides, precision, teacher
         )
         try:
             run.fit()
@@ -251,7 +253,7 @@ class _Run:
         workers,
         run_dir,
         progress,
-        compile,
+        sides,
         precision,
         teacher=None,
     ):
@@ -265,7 +267,6 @@ class _Run:
             some = problem.train_index[:: max(1, len(problem.train_index) // 500)]
             ingredients.whiten(model.c1[0][0], problem.train[0][some], problem.stats)
         self.model = model.to(device, memory_format=torch.channels_last)
-        sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
         self.network = CompiledNetwork(
             self.model, recipe.batch_size, sides, getattr(torch, precision)
         )

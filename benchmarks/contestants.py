@@ -82,8 +82,9 @@ def ours(batch_size=BATCH, compiled=True, threads=None, precision="auto"):
     precision = training.pick_precision(precision, device)
     recipe = recipes.get_recipe("baseline", batch_size=batch_size, policy=POLICY, name="bench")
     problem = training._Problem(cifar10.load(), "full")
+    sides = {32} if compiled else set()
     with tempfile.TemporaryDirectory() as folder, training._repeatable(device):
-        run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, compiled, precision)
+        run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, sides, precision)
         run.model.train()
         epoch = 0
         while True:

@@ -598,6 +598,9 @@ def test_a_run_in_bfloat16(tiny, tmp_path):
         metrics = train(recipe, tmp_path / name, precision=precision, **settings)
         assert metrics["compiled_sides"] == [32]
         assert json.loads((tmp_path / name / "config.json").read_text())["precision"] == precision
+    train(recipe, tmp_path / "d", precision="bfloat16", **settings | {"compile": False})
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config["precision"] == "float32", "only what is compiled is rounded"
     a, b, c = ((tmp_path / name / "best.pt").read_bytes() for name in "abc")
     assert a == b != c
 
