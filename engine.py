@@ -15,10 +15,11 @@ from torch.func import functional_call
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
 
-__all__ = ["CompiledNetwork", "Memory", "has_bfloat16", "merged", "peak_memory", "rounded"]
+__all__ = ["CompiledNetwork", "Memory", "MixedPrecision", "merged", "peak_memory"]
 
-# A value that several passes need is computed in each of them: to the compiler, such a chain is too
-# long, and so it would write the masked gradient of every ReLU to memory, and read it twice.
+# By default the compiler stores a value that is used again and takes more than 4 reads or 30
+# operations. The gradient behind a ReLU does, which three passes use: to compute it in each of them
+# takes less time than to write and read it.
 RECOMPUTE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 100}
 
 
@@ -35,7 +36,8 @@ class CompiledNetwork:
             compiled works on the tensors it has now; they stay its own.
         batch_size: N of a whole batch.
         sides: the sides, in pixels, that are compiled.
-        precision: float32, or another that a NetCIFAR10_Tiny is `rounded` to.
+        precision: in which a NetCIFAR10_Tiny trains, compiled or not; in eval mode it is the
+            parameters' own.
     """
 
     def __init__(
@@ -48,10 +50,14 @@ class CompiledNetwork:
         self.model, self.batch_size, self.sides = model, batch_size, set(sides)
         # It warns of a CUDA toolkit without a GPU, which is of no concern here.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        if next(model.parameters()).device.type == "cpu" and isinstance(model, NetCIFAR10_Tiny):
-            model = merged(model)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        fast, options = model, None
+        if on_cpu and isinstance(model, NetCIFAR10_Tiny):
+            fast, options = merged(model), RECOMPUTE
+        self.plain = model
         if precision != torch.float32:
-            model = rounded(model, precision)
+            self.plain = MixedPrecision(model, precision)
+            fast = MixedPrecision(fast, precision)
         # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
         # All networks of a process share a list of programs, which by default holds eight and then
         # is no longer added to, without a word.
@@ -59,17 +65,18 @@ class CompiledNetwork:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # The backward pass with the forward: what fails, fails below, where it can be helped.
         torch._functorch.config.force_non_lazy_backward_lowering = True
-        self.program = compile(model, dynamic=False, options=RECOMPUTE)
+        self.program = compile(fast, dynamic=False, options=options)
 
     def __call__(self, images: Tensor) -> Tensor:
-        whole = len(images) == self.batch_size and images.shape[-1] in self.sides
-        if not whole or not self.model.training:
+        if not self.model.training:
             return self.model(images)
+        if len(images) != self.batch_size or images.shape[-1] not in self.sides:
+            return self.plain(images)
         try:
             return self.program(images)
         except Exception as error:
             # A fault of the network's own shows again in the plain call.
-            output = self.model(images)
+            output = self.plain(images)
             self.sides = set()
             warnings.warn(
                 f"torch.compile failed ({_reason(error)}): training goes on without, more slowly",
@@ -94,7 +101,8 @@ def merged(model: nn.Module) -> nn.Module:
         model: a network whose every BatchNorm is followed by a ReLU, and every ReLU follows one,
             as in `NetCIFAR10_Tiny`.
     """
-    twin = _twin(model).train()
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo=tensors).train()
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
@@ -104,53 +112,30 @@ def merged(model: nn.Module) -> nn.Module:
     return twin
 
 
-def rounded(model: NetCIFAR10_Tiny, precision: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The same network, of the same parameters and buffers, in mixed precision.
+class MixedPrecision(nn.Module):
+    """A network that trains in another precision than its parameters have.
 
-    The pictures, all that passes between layers, and the convolutions' weights are rounded as they
-    are used. The parameters themselves, BatchNorm's sums, pool and head stay float32 (Micikevicius
-    et al., 2018, arXiv:1710.03740; with bfloat16's exponents the loss needs no scaling).
+    The pictures, all that passes between layers, the weights of convolutions as they are used, and
+    the gradients of all these are rounded. The parameters, BatchNorm's sums, pool and head aren't
+    (Micikevicius et al., 2018, arXiv:1710.03740; with bfloat16's exponents the loss needs no
+    scaling). A CPU with AVX-512 BF16 or AMX takes two thirds of the time and half of the memory.
+
+    Args:
+        model: takes batches (N, 3, H, W); its parameters and buffers are used as by a call of it.
     """
-    twin = _twin(model)
-    for parent in list(twin.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d) and child is not twin.head:
-                setattr(parent, name, _Rounded(child, precision))
-    twin.gap = nn.Sequential(_To(torch.float32), twin.gap)
-    return twin
 
-
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself: elsewhere it is no faster than float32."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the tensors."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo=tensors)
-
-
-class _Rounded(nn.Module):
-    """A convolution of another precision than its weights are kept in."""
-
-    def __init__(self, conv: nn.Conv2d, precision: torch.dtype):
+    def __init__(self, model: NetCIFAR10_Tiny, precision: torch.dtype):
         super().__init__()
-        self.conv, self.precision = conv, precision
+        self.model, self.precision = model, precision
+        self.rounded = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 4 and not name.startswith("head")
+        ]
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.conv.weight.to(self.precision)
-        return functional_call(self.conv, {"weight": weight}, (x.to(self.precision),))
-
-
-class _To(nn.Module):
-    def __init__(self, precision: torch.dtype):
-        super().__init__()
-        self.precision = precision
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.precision)
+    def forward(self, images: Tensor) -> Tensor:
+        weights = {name: self.model.get_parameter(name).to(self.precision) for name in self.rounded}
+        return functional_call(self.model, weights, (images.to(self.precision),))
 
 
 class _NormReLU(nn.Module):
@@ -178,14 +163,13 @@ class _NormReLU(nn.Module):
 
 
 class _NormReLUFunction(torch.autograd.Function):
-    """relu(weight (x - mean) / std + bias), of x's dtype; also the mean and the variance, (C,).
+    """relu(weight (x - mean) / std + bias); also the mean and the variance, both (C,).
 
-    All else is float32, which costs nothing as long as it isn't written to memory.
+    x, which may be of lower precision than the rest, only rounds what is written to memory.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, guess: Tensor, eps: float):
-        rounded, x = x, _exact(x)
         # About a guess at the mean, lest the squares' sum lose digits where the mean is hundreds of
         # standard deviations; in the first steps the guess is 0, and so, nearly, are the means.
         centred = x - _spread(guess)
@@ -196,17 +180,16 @@ class _NormReLUFunction(torch.autograd.Function):
         mean, scale = guess + offset, (var + eps).rsqrt()
         gain = weight * scale
         shift = bias - mean * gain
-        ctx.save_for_backward(rounded, mean, scale, gain, shift)
+        ctx.save_for_backward(x, mean, scale, gain, shift)
         ctx.mark_non_differentiable(mean, var)
         y = (x * _spread(gain) + _spread(shift)).relu()
-        return y.to(rounded.dtype), mean, var
+        return y.to(x.dtype), mean, var
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
         x, mean, scale, gain, shift = ctx.saved_tensors
-        precision, count = x.dtype, x.numel() // x.shape[1]
-        x, grad = _exact(x), _exact(grad)
-        grad = torch.where(x * _spread(gain) + _spread(shift) > 0, grad, 0)
+        count = x.numel() // x.shape[1]
+        grad = torch.where(x * _spread(gain) + _spread(shift) > 0, grad, 0).to(gain.dtype)
         grad_bias = _sum(grad)
         grad_weight = _sum(grad * (x - _spread(mean))) * scale
         # Ioffe and Szegedy (2015, arXiv:1502.03167), as a straight line in grad and x. Times 1/n:
@@ -214,12 +197,7 @@ class _NormReLUFunction(torch.autograd.Function):
         slope = -gain * scale * grad_weight * (1 / count)
         constant = -gain * grad_bias * (1 / count) - mean * slope
         grad_x = grad * _spread(gain) + x * _spread(slope) + _spread(constant)
-        return grad_x.to(precision), grad_weight, grad_bias, None, None
-
-
-def _exact(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
 
 
 def _spread(channels: Tensor) -> Tensor:

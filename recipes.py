@@ -26,6 +26,7 @@ class Recipe:
     name: str
     epochs: int = 50
     batch_size: int = 128
+    precision: str = "float32"  # or bfloat16, half of it: of all that passes between layers
 
     optimizer: str = "sgd"  # sgd (Nesterov), adamw; muon, muon_adamw: Muon where channels mix
     lr: float = 0.045  # the highest the schedule reaches
@@ -74,6 +75,7 @@ class Recipe:
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         check_choice("optimizer", self.optimizer, ("sgd", "adamw", "muon", "muon_adamw"))
         check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
         check_choice("build", self.build, augment.BUILDS)
         if not isinstance(self.policy, str):
             raise ValueError(

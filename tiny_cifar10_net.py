@@ -147,8 +147,9 @@ class _Strided(torch.autograd.Function):
         (x, weight), s = ctx.saved_tensors, ctx.stride
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            spread = torch.zeros_like(x)
-            spread[:, :, ::s, ::s] = grad
+            # Not in place, for torch.func's sake.
+            rows = torch.zeros_like(x[:, :, ::s]).slice_scatter(grad, 3, step=s)
+            spread = torch.zeros_like(x).slice_scatter(rows, 2, step=s)
             grad_x = _depthwise(spread, weight.flip(2, 3), 1)
         if ctx.needs_input_grad[1]:
             grad_weight = conv2d_weight(
@@ -251,6 +252,7 @@ class NetCIFAR10_Tiny(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_pictures(x)
         x = self.c4(self.c3(self.c2(self.c1(x))))
+        x = x.to(self.head.weight.dtype)  # the same, but in mixed precision (engine.MixedPrecision)
         return self.head(self.gap(x)).flatten(1).log_softmax(dim=1)
 
 

@@ -36,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import augment
 import cifar10
 import ingredients
-from engine import CompiledNetwork, Memory, has_bfloat16, peak_memory
+from engine import CompiledNetwork, Memory, peak_memory
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, Recipe, check_choice, check_number, get_recipe
 from run_directory import RunError, claim, is_finished, write, write_json
@@ -90,7 +90,6 @@ def train(
     force: bool = False,
     progress: bool = True,
     compile: bool | str = "auto",
-    precision: str = "auto",
 ) -> dict:
     """Train `NetCIFAR10_Tiny` and write a run directory.
 
@@ -111,9 +110,6 @@ def train(
         compile: True uses torch.compile, False does without, "auto" compiles for picture sizes
             that the run feeds COMPILE_FROM pictures of. It changes the speed, and of the numbers
             only what rounding changes; a resumed run is to have the same.
-        precision: of what is compiled: float32; bfloat16, see `engine.rounded`; "auto" takes
-            bfloat16 where it was measured to be faster, on a CPU that computes with it. A resumed
-            run is to have the same.
 
     Returns:
         What metrics.json holds. Accuracies are percentages.
@@ -131,7 +127,6 @@ def train(
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
     device = pick_device(device)
-    precision = pick_precision(precision, device)
     data = dataset if isinstance(dataset, cifar10.Data) else cifar10.load(dataset)
     run_dir = run_folder(recipe, protocol, seed) if run_dir is None else ROOT / run_dir
 
@@ -142,9 +137,7 @@ def train(
             f"the number of training images; got {recipe.batch_size}"
         )
     teacher = _teacher(recipe, protocol, data)
-    sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
-    precision = precision if sides else "float32"
-    config = _config(recipe, seed, protocol, data, problem, device, compile, precision)
+    config = _config(recipe, seed, protocol, data, problem, device, compile)
     who = identity(recipe, seed, protocol, data)
     with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable(device):
         if is_finished(run_dir):
@@ -152,9 +145,7 @@ def train(
                 print("This run is finished, and kept: FORCE=1 (force=True) would train it anew.")
             return json.loads((run_dir / "metrics.json").read_text())
         _warn_if_elsewhere(begun, config)
-        run = _Run(
-            recipe, seed, problem, device, workers, run_dir, progress, sides, precision, teacher
-        )
+        run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
         try:
             run.fit()
         except KeyboardInterrupt:
@@ -202,18 +193,6 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> str:
-    """`auto` takes bfloat16 on a CPU that computes with it, else float32.
-
-    Raises:
-        ValueError: another name than auto, float32 and bfloat16.
-    """
-    check_choice("precision", name, ("auto", "float32", "bfloat16"))
-    if name != "auto":
-        return name
-    return "bfloat16" if device.type == "cpu" and has_bfloat16() else "float32"
-
-
 def train_index(data: cifar10.Data, protocol: str) -> np.ndarray:
     """Which of the data's training pictures a protocol trains on: int64 indices, sorted."""
     if protocol == "val":
@@ -245,17 +224,7 @@ class _Run:
     """One training in progress. Its whole state between two epochs is what last.pt holds."""
 
     def __init__(
-        self,
-        recipe,
-        seed,
-        problem,
-        device,
-        workers,
-        run_dir,
-        progress,
-        sides,
-        precision,
-        teacher=None,
+        self, recipe, seed, problem, device, workers, run_dir, progress, compile, teacher=None
     ):
         self.recipe, self.problem, self.device = recipe, problem, device
         self.seed, self.run_dir, self.progress = seed, run_dir, progress
@@ -267,9 +236,9 @@ class _Run:
             some = problem.train_index[:: max(1, len(problem.train_index) // 500)]
             ingredients.whiten(model.c1[0][0], problem.train[0][some], problem.stats)
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.network = CompiledNetwork(
-            self.model, recipe.batch_size, sides, getattr(torch, precision)
-        )
+        sides = _worth_compiling(recipe, len(problem.train_index), device, compile)
+        precision = getattr(torch, recipe.precision)
+        self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
         self.teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
         self.feed = make_feed(recipe, seed, problem, device, workers)
         self.optimizers = ingredients.optimizers(recipe, self.model)
@@ -587,7 +556,7 @@ def _sha256(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "best.pt").read_bytes()).hexdigest()
 
 
-def _config(recipe, seed, protocol, data, problem, device, compile, precision) -> dict:
+def _config(recipe, seed, protocol, data, problem, device, compile) -> dict:
     return {
         **identity(recipe, seed, protocol, data),
         "split": {
@@ -607,23 +576,13 @@ def _config(recipe, seed, protocol, data, problem, device, compile, precision) -
         "torch": torch.__version__,
         "numpy": np.__version__,
         "compile": compile,
-        "precision": precision,
         "git_commit": _git_commit(),
         "command": _command(recipe, seed, protocol, data),
     }
 
 
 # What changes the digits, beside the run's identity; on a GPU `device` names it.
-_CONDITIONS = (
-    "threads",
-    "instructions",
-    "device",
-    "torch",
-    "numpy",
-    "compile",
-    "precision",
-    "git_commit",
-)
+_CONDITIONS = ("threads", "instructions", "device", "torch", "numpy", "compile", "git_commit")
 
 
 def _warn_if_elsewhere(begun: dict, now: dict) -> None:

@@ -26,7 +26,6 @@ from contestants import BATCH, SMALL
 
 from publish import machine_name, speed_table
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs
-from training import pick_device, pick_precision
 
 HERE = Path(__file__).resolve().parent
 
@@ -108,7 +107,7 @@ def side_by_side(name: str, count: int, rounds: int, steps: int) -> float:
 # ------------------------------------------------------------------------------------- roofline
 
 
-def roofline(step_seconds: float, precision: torch.dtype) -> dict:
+def roofline(step_seconds: float) -> dict:
     """What a step takes at least: its multiply-adds at the peak, its bytes at the bandwidth.
 
     Three times the forward multiply-adds (outputs, gradients of inputs, of weights). Each
@@ -117,11 +116,11 @@ def roofline(step_seconds: float, precision: torch.dtype) -> dict:
     convolution's weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    peak, bandwidth = measured_peak(device, precision), measured_bandwidth(device)
+    peak, bandwidth = measured_peak(device), measured_bandwidth(device)
     costs = layer_costs(NetCIFAR10_Tiny())
     macs = 3 * BATCH * sum(c.macs for c in costs)
     outputs = [c.out_shape for c in costs if "Conv" in c.kind]
-    activations = 6 * BATCH * precision.itemsize * sum(c * h * w for c, h, w in outputs)
+    activations = 6 * BATCH * 4 * sum(c * h * w for c, h, w in outputs)
     floors = {"multiply-adds": macs / peak, "memory": activations / bandwidth}
     bound = max(floors, key=floors.get)
     return {
@@ -133,12 +132,11 @@ def roofline(step_seconds: float, precision: torch.dtype) -> dict:
     }
 
 
-def measured_peak(device: str, precision: torch.dtype) -> float:
-    """Multiply-adds a second of a large convolution, which outdoes matrix products here."""
-    images = torch.randn(32, 256, 32, 32, device=device)
-    images = images.to(precision, memory_format=torch.channels_last)
+def measured_peak(device: str) -> float:
+    """Multiply-adds a second of a large float32 convolution, which outdoes matrix products here."""
+    images = torch.randn(32, 256, 32, 32, device=device).to(memory_format=torch.channels_last)
     conv = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False, device=device)
-    conv = conv.to(precision, memory_format=torch.channels_last)
+    conv = conv.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         seconds = median_seconds(lambda: conv(images), device)
     return 32 * 32 * 32 * conv.weight.numel() / seconds
@@ -211,7 +209,6 @@ def machine() -> dict:
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "precision": pick_precision("auto", pick_device()),
         "gpu": gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -219,7 +216,7 @@ def machine() -> dict:
 
 
 def measure(rounds: int, steps: int) -> dict:
-    names = ["reference", "ours", "ours-float32", "ours-eager", "ours-small"]
+    names = ["reference", "ours", "ours-bfloat16", "ours-eager", "ours-small"]
     runs = race(names, rounds, steps)
     rates = {name: run.images_per_second() for name, run in runs.items()}
     turns = runs["ours"].turns
@@ -231,11 +228,10 @@ def measure(rounds: int, steps: int) -> dict:
     threads = torch.get_num_threads()
     together = {
         name: side_by_side(f"{name}-one-thread", threads, rounds, steps)
-        for name in ("ours", "ours-small")
+        for name in ("ours", "ours-bfloat16", "ours-small")
     }
-    here = machine()
     return {
-        "machine": here,
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "batch_size": BATCH,
         "rounds": rounds,
@@ -246,9 +242,13 @@ def measure(rounds: int, steps: int) -> dict:
             for name, run in runs.items()
         },
         "ratio": rates["ours"] / rates["reference"],
-        "ratio_float32": rates["ours-float32"] / rates["reference"],
         "ratio_eager": rates["ours-eager"] / rates["reference"],
         "ratio_one_thread_runs_side_by_side": together["ours"] / rates["reference"],
+        "bfloat16": {
+            "ratio": rates["ours-bfloat16"] / rates["reference"],
+            "ratio_one_thread_runs_side_by_side": together["ours-bfloat16"] / rates["reference"],
+            "peak_memory_mib": runs["ours-bfloat16"].turns[-1]["peak_memory_mib"],
+        },
         "small_batches": {
             "batch_size": SMALL,
             "ratio": rates["ours-small"] / rates["reference"],
@@ -256,11 +256,10 @@ def measure(rounds: int, steps: int) -> dict:
             "peak_memory_mib": runs["ours-small"].turns[-1]["peak_memory_mib"],
         },
         "share_of_step": parts,
-        "roofline": roofline(BATCH / rates["ours"], getattr(torch, here["precision"])),
+        "roofline": roofline(BATCH / rates["ours"]),
         "seconds_to_first_step_without_compile": runs["ours-eager"].seconds_to_first_step,
         "seconds_to_first_step_with_compile": runs["ours"].seconds_to_first_step,
         "peak_memory_mib": turns[-1]["peak_memory_mib"],
-        "peak_memory_mib_float32": runs["ours-float32"].turns[-1]["peak_memory_mib"],
         "peak_memory_mib_without_compile": runs["ours-eager"].turns[-1]["peak_memory_mib"],
         "inference_one_core": inference(rounds),
     }
@@ -272,9 +271,9 @@ def plot(result: dict):
     reference = result["images_per_second"]["reference"]
     labels = {
         "reference": "reference's loop",
-        "ours-eager": "ours, eager, float32",
-        "ours-float32": "ours, compiled, float32",
-        "ours": f"ours, compiled, {result['machine']['precision']}",
+        "ours-eager": "ours, eager",
+        "ours": "ours, compiled",
+        "ours-bfloat16": "the same in bfloat16",
     }
     for y, name in enumerate(labels):
         rate = result["images_per_second"][name] / reference

@@ -70,7 +70,7 @@ class Pictures(Dataset):
         return self.transform(image=self.images[i])["image"], self.labels[i]
 
 
-def ours(batch_size=BATCH, compiled=True, threads=None, precision="auto"):
+def ours(batch_size=BATCH, compiled=True, threads=None, precision="float32"):
     """The engine of training.py, a step each time `next` is called; yields a step's parts."""
     import cifar10
     import recipes
@@ -79,12 +79,12 @@ def ours(batch_size=BATCH, compiled=True, threads=None, precision="auto"):
     if threads:
         torch.set_num_threads(threads)
     device = training.pick_device()
-    precision = training.pick_precision(precision, device)
-    recipe = recipes.get_recipe("baseline", batch_size=batch_size, policy=POLICY, name="bench")
+    recipe = recipes.get_recipe(
+        "baseline", batch_size=batch_size, precision=precision, policy=POLICY, name="bench"
+    )
     problem = training._Problem(cifar10.load(), "full")
-    sides = {32} if compiled else set()
     with tempfile.TemporaryDirectory() as folder, training._repeatable(device):
-        run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, sides, precision)
+        run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, compiled)
         run.model.train()
         epoch = 0
         while True:
@@ -134,8 +134,9 @@ CONTESTANTS = {
     "reference": reference,
     "ours": ours,
     "ours-eager": lambda: ours(compiled=False),
-    "ours-float32": lambda: ours(precision="float32"),
     "ours-one-thread": lambda: ours(threads=1),
+    "ours-bfloat16": lambda: ours(precision="bfloat16"),
+    "ours-bfloat16-one-thread": lambda: ours(precision="bfloat16", threads=1),
     "ours-small": lambda: ours(SMALL),
     "ours-small-one-thread": lambda: ours(SMALL, threads=1),
 }

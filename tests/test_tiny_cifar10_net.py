@@ -105,6 +105,8 @@ def test_a_strided_convolution_in_bfloat16(size):
     x = torch.randn(2, 6, *size).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     exact, pictures = copy.deepcopy(ours).float(), x.detach().float().requires_grad_()
     got, expected = ours(x), exact(pictures)
+    assert "Strided" in got.grad_fn.name(), "torch's own gradient is right as well, and slow"
+    assert "Strided" not in expected.grad_fn.name()
     weights = torch.randn_like(expected).bfloat16()
     got.backward(weights)
     expected.backward(weights.float())
@@ -115,6 +117,9 @@ def test_a_strided_convolution_in_bfloat16(size):
     ):
         assert mine.dtype == torch.bfloat16
         torch.testing.assert_close(mine.float(), theirs, rtol=0.01, atol=0.03)
+    # All rows of the Jacobian at once, as torch.func takes them.
+    rows = torch.func.jacrev(ours)(x[:1, :, :4, :4].detach())
+    assert rows.shape == (1, 6, 2, 2, 1, 6, 4, 4)
 
 
 def test_gradients_picture_by_picture_by_torch_func():
