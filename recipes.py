@@ -26,7 +26,7 @@ class Recipe:
     name: str
     epochs: int = 50
     batch_size: int = 128
-    precision: str = "float32"  # or bfloat16, half of it: of all that passes between layers
+    precision: str = "float32"  # of what passes between layers in training; or bfloat16
 
     optimizer: str = "sgd"  # sgd (Nesterov), adamw; muon, muon_adamw: Muon where channels mix
     lr: float = 0.045  # the highest the schedule reaches
