@@ -17,11 +17,6 @@ from tiny_cifar10_net import NetCIFAR10_Tiny
 
 __all__ = ["CompiledNetwork", "Memory", "MixedPrecision", "merged", "peak_memory"]
 
-# By default the compiler stores a value that is used again and takes more than 4 reads or 30
-# operations. The gradient behind a ReLU does, which three passes use: to compute it in each of them
-# takes less time than to write and read it.
-RECOMPUTE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 100}
-
 
 class CompiledNetwork:
     """A network called through torch.compile, for batches of the shapes that are worth it.
@@ -51,9 +46,7 @@ class CompiledNetwork:
         # It warns of a CUDA toolkit without a GPU, which is of no concern here.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         on_cpu = next(model.parameters()).device.type == "cpu"
-        fast, options = model, None
-        if on_cpu and isinstance(model, NetCIFAR10_Tiny):
-            fast, options = merged(model), RECOMPUTE
+        fast = merged(model) if on_cpu and isinstance(model, NetCIFAR10_Tiny) else model
         self.plain = model
         if precision != torch.float32:
             self.plain = MixedPrecision(model, precision)
@@ -65,7 +58,7 @@ class CompiledNetwork:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # The backward pass with the forward: what fails, fails below, where it can be helped.
         torch._functorch.config.force_non_lazy_backward_lowering = True
-        self.program = compile(fast, dynamic=False, options=options)
+        self.program = compile(fast, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         if not self.model.training:

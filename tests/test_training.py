@@ -669,7 +669,7 @@ def test_many_shapes_in_one_process_are_all_compiled_or_it_is_said(monkeypatch, 
         graphs.append(graph)
         return graph
 
-    compile = lambda model, dynamic, options: torch.compile(model, dynamic=dynamic, backend=counted)  # noqa: E731
+    compile = lambda model, dynamic: torch.compile(model, dynamic=dynamic, backend=counted)  # noqa: E731
     monkeypatch.setattr("engine.compile", compile)
     sides = set(range(16, 32))
     network = CompiledNetwork(nn.Conv2d(3, 4, 3), batch_size=2, sides=sides)
@@ -700,7 +700,7 @@ def test_a_backward_pass_that_cannot_be_compiled_is_helped_too(monkeypatch):
 def compiled_by(forward, backward):
     """torch.compile with compilers of one's own for the two passes."""
     backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
-    return lambda model, dynamic, options: torch.compile(model, dynamic=dynamic, backend=backend)
+    return lambda model, dynamic: torch.compile(model, dynamic=dynamic, backend=backend)
 
 
 def test_without_a_compiler_training_goes_on(tiny, tmp_path, monkeypatch):
