@@ -89,6 +89,7 @@ def test_baseline_is_the_published_recipe():
         ("dilated", "False", "dilated must be True or False"),
         ("optimizer", "adam", "unknown optimizer 'adam'; valid: sgd, adamw"),
         ("schedule", "step", "unknown schedule 'step'; valid: plateau, one_cycle"),
+        ("precision", "half", "unknown precision 'half'; valid: float32, bfloat16"),
         ("build", "numpy", "unknown build 'numpy'; valid: batched, albumentations, torchvision"),
         ("policy", "strong", "(?i)unknown policy 'strong'.*none.*reference"),
     ],
@@ -601,14 +602,14 @@ def test_a_run_in_bfloat16(tiny, tmp_path):
         ("a", recipe, True),
         ("b", recipe, True),
         ("eager", recipe, False),
-        ("float32", get_recipe(recipe, precision="float32"), False),
+        ("float32", get_recipe(recipe, precision="float32"), True),
     ):
         metrics = train(run, tmp_path / name, dataset=tiny, compile=compile, progress=False)
         assert metrics["compiled_sides"] == [32] * compile
         losses[name] = metrics["test_loss"]
     assert (tmp_path / "a" / "best.pt").read_bytes() == (tmp_path / "b" / "best.pt").read_bytes()
     assert losses["a"] == pytest.approx(losses["eager"], rel=0.01)
-    assert losses["eager"] != losses["float32"]
+    assert losses["a"] != losses["float32"] != losses["eager"]
     assert losses["eager"] == pytest.approx(losses["float32"], rel=0.03)
 
 
