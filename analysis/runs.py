@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -366,19 +367,19 @@ def study_groups(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def published_study(name: str) -> list[Run]:
-    """The runs of results/<name>, the study of that name, with those of its base.
+    """The runs of results/<name>, the study of that name, with those published elsewhere.
 
-    The base needn't be trained again where it is among the published runs already; it is called
-    `base`, as in any study.
+    What another study or no study at all has trained already, the base above all, needn't be
+    trained again; it is called as this study calls it.
     """
     study = load_study(ROOT / "studies" / f"{name}.yaml")
-    base = asdict(study.recipes[0])
+    folders = [RESULTS, *(f for f in sorted(RESULTS.iterdir()) if f.is_dir() and f.name != name)]
     found = []
-    for run in find_runs(RESULTS):
-        recipe = run.recipe | {"name": "base"}
-        same = recipe == base and run.config["protocol"] == "val"
-        if same and run.config["seed"] in study.seeds:
-            found.append(replace(run, config=run.config | {"recipe": recipe}))
+    for run in chain.from_iterable(map(find_runs, folders)):
+        for recipe in map(asdict, study.recipes):
+            same = run.recipe | {"name": recipe["name"]} == recipe
+            if same and run.config["protocol"] == "val" and run.config["seed"] in study.seeds:
+                found.append(replace(run, config=run.config | {"recipe": recipe}))
     return [*found, *find_runs(RESULTS / name)]
 
 
