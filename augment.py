@@ -160,6 +160,8 @@ POLICIES = {
     "reference": Policy(
         flip=0.5, shift=0.0625, scale=0.10, rotate=10.0, affine_p=0.7, hole=16, hole_p=0.5
     ),
+    # The same but for its holes.
+    "warp": Policy(flip=0.5, shift=0.0625, scale=0.10, rotate=10.0, affine_p=0.7),
 }
 
 
