@@ -59,6 +59,7 @@ from analysis.tables import (
     separable_table,
     show,
     show_source,
+    start_table,
     study_table,
 )
 
@@ -79,6 +80,7 @@ __all__ = [
     "study_table",
     "choice_table",
     "drops_table",
+    "start_table",
     "fit_table",
     "confusion_table",
     "layer_table",

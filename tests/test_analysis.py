@@ -545,6 +545,17 @@ def test_the_rates_of_our_plateau_runs_follow_from_their_losses():
     np.testing.assert_allclose(run.history["lr"], rates)
 
 
+def test_the_start_of_runs_is_their_training_accuracy_epoch_by_epoch(write_run):
+    short = with_history(write_run(epochs=2), train_acc=[30, 45.678])
+    none = write_run("none", epochs=0, finished=False)
+    header, published, ours = rows_of(
+        analysis.start_table([analysis.published_run(), short, none], epochs=3)
+    )
+    assert header[1:] == ["epoch 1", "epoch 2", "epoch 3"]
+    assert published[1:] == ["35.03", "51.66", "59.35"]  # as its notebook prints them
+    assert ours[1:] == ["30.00", "45.68", "–"]
+
+
 def test_no_epoch_no_drops(write_run):
     assert "an epoch" in analysis.drops_table(write_run(epochs=0, finished=False))
 

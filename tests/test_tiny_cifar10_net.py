@@ -394,6 +394,17 @@ def test_fused_gives_the_same_outputs(options):
     torch.testing.assert_close(net(x), before, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch's own loader
+@pytest.mark.parametrize("prepare", [fuse, lambda net: net], ids=["fused", "plain"])
+def test_a_network_can_be_exported_for_any_number_of_pictures(prepare, tmp_path):
+    net = prepare(trained())
+    pair, batch = torch.randn(2, 3, 32, 32), {0: torch.export.Dim("n")}
+    program = torch.export.export(net, (pair,), dynamic_shapes=(batch,))
+    torch.export.save(program, tmp_path / "net.pt2")
+    exported, x = torch.export.load(tmp_path / "net.pt2").module(), torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(exported(x), net(x), rtol=0, atol=1e-6)
+
+
 def test_fuse_refuses_training_mode():
     with pytest.raises(ValueError, match="eval mode"):
         fuse(NetCIFAR10_Tiny().train())
