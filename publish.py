@@ -150,7 +150,9 @@ def with_tables(page: Path, runs: list[analysis.Run]) -> str:
         tables = {
             "choice": analysis.choice_table(_baselines(runs)),
             "drops": "\n".join(map(_drops, _baselines(runs))),
-            "start": analysis.start_table([*_baselines(runs), *analysis.published_study("reference")]),
+            "start": analysis.start_table(
+                [*_baselines(runs), *analysis.published_study("reference")]
+            ),
         }
     else:
         tables = {
