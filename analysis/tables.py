@@ -269,7 +269,10 @@ def start_table(runs: Iterable[Run], epochs: int = 5) -> str:
     """Training accuracy over each of the first epochs: how fast recipes start, a row a run."""
     runs = [run for run in as_list(runs) if run.epochs]
     rows = [
-        (run.title.replace("_", " "), *(f"{accuracy:.2f}" for accuracy in run.history["train_acc"][:epochs]))
+        (
+            run.title.replace("_", " "),
+            *(f"{accuracy:.2f}" for accuracy in run.history["train_acc"][:epochs]),
+        )
         for run in runs
     ]
     header = ("training accuracy, %", *(f"epoch {e}" for e in range(1, epochs + 1)))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import asdict
 
@@ -91,6 +92,16 @@ def test_a_published_run_stands_for_the_base_of_a_study():
     assert first.folder == publish.RESULTS / "quick"
     assert first.config["recipe"] == asdict(load_study("studies/ablation.yaml").recipes[0])
     assert all(run.folder.parent == publish.RESULTS / "ablation" for run in others)
+
+
+def test_a_study_takes_what_another_has_trained(tmp_path, monkeypatch):
+    taken = "ablation/batch_128_in_bfloat16-val-seed0"
+    shutil.copytree(publish.RESULTS / taken, tmp_path / taken)
+    (tmp_path / "ingredients").mkdir()
+    monkeypatch.setattr(analysis.runs, "RESULTS", tmp_path)
+    [run] = analysis.published_study("ingredients")
+    assert run.folder == tmp_path / taken
+    assert run.config["recipe"] == asdict(load_study("studies/ingredients.yaml").recipes[0])
 
 
 def test_published_studies_hold_only_what_their_files_say():
