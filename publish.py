@@ -151,7 +151,11 @@ def with_tables(page: Path, runs: list[analysis.Run]) -> str:
             "choice": analysis.choice_table(_baselines(runs)),
             "drops": "\n".join(map(_drops, _baselines(runs))),
             "start": analysis.start_table(
-                [*_baselines(runs), *analysis.published_study("reference")]
+                [
+                    *_baselines(runs),
+                    analysis.published_code_run(),
+                    *analysis.published_study("reference"),
+                ]
             ),
         }
     else:

@@ -539,6 +539,15 @@ def test_the_published_run_is_as_its_notebook_tells():
     assert isinstance(analysis.plot_history([run]), Figure)
 
 
+def test_the_published_code_lacks_most_of_what_the_published_run_started_with():
+    code = analysis.published_code_run().history["train_acc"]
+    lead = analysis.published_run().history["train_acc"][1:5] - code[1:]
+    assert len(code) == 5 and lead.mean().round(1) == 1.4
+    for run in ("baseline-test-selected", "baseline-test-selected-seed1", "baseline-val"):
+        ours = analysis.load_run(analysis.runs.RESULTS / run).history["train_acc"]
+        assert 0.2 <= (code - ours[:5])[1:].mean().round(1) <= 0.7
+
+
 def test_the_rates_of_our_plateau_runs_follow_from_their_losses():
     run = analysis.load_run(analysis.runs.RESULTS / "baseline-test-selected")
     rates = analysis.runs.plateau_rates(RECIPES["baseline"], run.history["val_loss"])
