@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 import augment
 
@@ -40,11 +40,11 @@ class Feed:
         self.workers = workers
         stats, epochs = problem.stats, range(1, recipe.epochs + 1)
         self.transforms = {
-            policy: self.transform(policy, stats.mean, stats.std)
+            policy: self.transform(augment.get_policy(policy), stats.mean, stats.std)
             for policy in dict.fromkeys(map(recipe.policy_in, epochs))
         }
 
-    def transform(self, policy: str, mean, std):
+    def transform(self, policy: augment.Policy, mean, std):
         raise NotImplementedError
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -75,7 +75,7 @@ class _BatchedFeed(Feed):
         generator = torch.Generator().manual_seed(key(self.seed, 0, 0, 1))
         self.mirrored = torch.rand(len(self.labels), generator=generator) < 0.5
 
-    def transform(self, policy: str, mean, std):
+    def transform(self, policy: augment.Policy, mean, std):
         return augment.Batched(policy, mean, std).to(self.device)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,36 +103,24 @@ class _PerSampleFeed(Feed):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.sampler = _EpochSampler()
+        # (epoch, index) of each picture, so that a worker knows which epoch it draws for.
+        self.items: list[tuple[int, int]] = []
         self.loader = DataLoader(
             _KeyedDataset(*self.problem.train, self.transforms, self.recipe, self.seed),
             batch_size=self.recipe.batch_size,
-            sampler=self.sampler,
+            sampler=self.items,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
 
-    def transform(self, policy: str, mean, std):
+    def transform(self, policy: augment.Policy, mean, std):
         return augment.per_sample(policy, mean, std, self.recipe.build)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.sampler.items = [(epoch, i) for i in self.order(epoch).tolist()]
+        self.items[:] = [(epoch, i) for i in self.order(epoch).tolist()]
         for images, labels in self.loader:
             images = images.to(self.device, memory_format=torch.channels_last)
             yield images, labels.to(self.device)
-
-
-class _EpochSampler(Sampler):
-    """Hands (epoch, index) to the dataset, so that a worker knows which epoch it draws for."""
-
-    def __init__(self):
-        self.items: list[tuple[int, int]] = []
-
-    def __iter__(self):
-        return iter(self.items)
-
-    def __len__(self):
-        return len(self.items)
 
 
 class _KeyedDataset(Dataset):

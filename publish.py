@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def rebuild(runs: list[analysis.Run]) -> None:
     matplotlib.use("Agg")
-    (RESULTS / "README.md").write_text(results_page(runs))
+    (RESULTS / "README.md").write_text(results_page(runs), encoding="utf-8")
     for page in (ROOT / "README.md", REFERENCE_PAGE):
-        page.write_text(with_tables(page, runs))
+        page.write_text(with_tables(page, runs), encoding="utf-8")
     presets = [run for run in runs if run.config["recipe"]["name"] in RECIPES]
     _draw(analysis.plot_accuracy_vs_cost(presets), RESULTS / "accuracy.png")
     against_macs = analysis.plot_accuracy_vs_cost(presets, "multiply_adds")
@@ -69,7 +69,8 @@ def rebuild(runs: list[analysis.Run]) -> None:
         _draw(analysis.plot_history(run), run.folder / "curves.png")
         print(f"results/{run.name}: {run.title}")
     for name, varied in studies().items():
-        STUDY_PAGE.write_text(with_study(STUDY_PAGE.read_text(), name, varied))
+        page = with_study(STUDY_PAGE.read_text(encoding="utf-8"), name, varied)
+        STUDY_PAGE.write_text(page, encoding="utf-8")
         _draw(analysis.plot_study(varied), RESULTS / name / "study.png")
         print(f"results/{name}: a study of {len(varied)} runs")
 
@@ -145,7 +146,7 @@ def _notebooks(folder: Path) -> str:
 
 def with_tables(page: Path, runs: list[analysis.Run]) -> str:
     """README.md or results/REFERENCE.md with its tables renewed, each between its two marks."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     if page == REFERENCE_PAGE:
         tables = {
             "choice": analysis.choice_table(_baselines(runs)),

@@ -19,8 +19,9 @@ from pathlib import Path
 __all__ = [
     "FILES",
     "RunError",
-    "claim",
+    "begin",
     "is_finished",
+    "locked",
     "refuse_another_run",
     "write",
     "write_json",
@@ -33,22 +34,19 @@ class RunError(RuntimeError):
     """A run that can't start or go on; the message says what to do, and nothing was lost."""
 
 
-@contextmanager
-def claim(run_dir: Path, config: dict, identity: dict, defaults: dict, force: bool):
-    """The run directory, ready to train in, and nobody else's while we do.
+def begin(run_dir: Path, config: dict, identity: dict, defaults: dict, force: bool) -> dict:
+    """Make the directory that we have locked ready to train in; returns what config.json holds.
 
-    Another run than `identity` says is refused, or with `force` removed; a finished one is left
-    as it is, or with `force` removed. For `identity` and `defaults` see `refuse_another_run`;
-    `config` becomes config.json, unless there is one. Yields what config.json holds.
+    With `force` a finished run and another one than `identity` says are removed, otherwise another
+    one is refused. For `identity` and `defaults` see `refuse_another_run`; `config` becomes
+    config.json, unless there is one.
     """
-    _make_folder(run_dir)
-    with _locked(run_dir):
-        if force and (is_finished(run_dir) or _differences(run_dir, identity, defaults)):
-            _remove(run_dir)
-        refuse_another_run(run_dir, identity, defaults)
-        if not (run_dir / "config.json").is_file():
-            write_json(run_dir / "config.json", config)
-        yield json.loads((run_dir / "config.json").read_text())
+    if force and (is_finished(run_dir) or _differences(run_dir, identity, defaults)):
+        _remove(run_dir)
+    refuse_another_run(run_dir, identity, defaults)
+    if not (run_dir / "config.json").is_file():
+        write_json(run_dir / "config.json", config)
+    return json.loads((run_dir / "config.json").read_text())
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -101,8 +99,12 @@ def _unlike(old, new, name="") -> list[str]:
 
 
 @contextmanager
-def _locked(run_dir: Path):
-    """Keep a second process off this run. The lock dies with its process, kill -9 included."""
+def locked(run_dir: Path):
+    """Make the folder, and keep a second process off it as long as we are here.
+
+    The lock dies with its process, kill -9 included.
+    """
+    _make_folder(run_dir)
     try:
         import fcntl
     except ImportError:  # Windows: no such lock, nothing lost but the warning

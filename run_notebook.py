@@ -144,9 +144,9 @@ def _declared_parameters(name: str) -> set[str]:
 def _draw_progress_on_the_terminal() -> None:
     """Bars go to the terminal, if there is one; what cells print is passed on as it comes."""
     on_terminal = sys.stderr.isatty()
-    if on_terminal and hasattr(os, "ttyname"):
+    try:
         os.environ.setdefault("PROGRESS_TTY", os.ttyname(sys.stderr.fileno()))
-    else:
+    except (AttributeError, OSError):  # Windows; no terminal, or one that has no name here
         os.environ["TQDM_DISABLE"] = "1"
     warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
     log = logging.getLogger("papermill")
@@ -206,7 +206,7 @@ def _literal(text: str):
         return named[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 
@@ -234,6 +234,7 @@ def _run_dir(names: list[str], settings: dict, extra: dict) -> Path:
 
 def _checked_run_dir(names: list[str], given: str, settings: dict, extra: dict) -> Path:
     """That folder, once it is known that training can use these settings, and there."""
+    import cifar10
     import recipes
     import training
 
@@ -252,8 +253,10 @@ def _checked_run_dir(names: list[str], given: str, settings: dict, extra: dict) 
     if "analysis" in names and not trains and not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"no run in {run_dir}: train it first, or name another RUN")
     if trains and not settings["force"]:
-        meant = {"recipe": asdict(recipe), "limit": extra.get("limit")}
+        meant = {"recipe": asdict(recipe)}
         meant |= {name: settings[name] for name in ("seed", "protocol")}
+        if extra.get("limit") not in cifar10.SIZES.values():  # which may be no limit at all
+            meant["limit"] = extra.get("limit")
         if settings["dataset"] != "auto":
             meant["dataset"] = settings["dataset"]
         run_directory.refuse_another_run(run_dir, meant, recipes.DEFAULTS)

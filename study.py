@@ -77,7 +77,7 @@ def _study(name: str, content: object) -> Study:
     content = _mapping("a study", content)
     unknown, missing = content.keys() - KEYS, {"about", "base", "variations"} - content.keys()
     if unknown or missing:
-        what = f"unknown key {min(unknown)!r}" if unknown else f"no {min(missing)!r}"
+        what = f"unknown key {min(unknown, key=str)!r}" if unknown else f"no {min(missing)!r}"
         raise ValueError(f"{what}; a study has {', '.join(sorted(KEYS))}")
     always = _mapping("always", content.get("always", {}))
     base = _changed(get_recipe(content["base"]), "always", always, name="base")
@@ -108,7 +108,7 @@ def _varied(base: Recipe, name: object, changes: dict) -> Recipe:
 def _changed(recipe: Recipe, where: str, changes: dict, name: str) -> Recipe:
     unknown = changes.keys() - {f.name for f in fields(Recipe) if f.name != "name"}
     if unknown:
-        raise ValueError(f"{where}: a recipe has no field {min(unknown)!r} to change")
+        raise ValueError(f"{where}: a recipe has no field {min(unknown, key=str)!r} to change")
     try:
         return replace(recipe, **changes, name=name)  # not get_recipe: null mustn't pass for "keep"
     except ValueError as error:
@@ -119,7 +119,9 @@ class _Loader(yaml.SafeLoader):
     """Refuses a name that comes twice, of which YAML silently keeps the last; reads 1e-3."""
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # <<, which may bring names that are then given anew
+        keys = [key for key, _ in node.value if key.tag != merge]
+        names = [self.construct_object(key, deep=True) for key in keys]
         for name in names:
             if names.count(name) > 1:
                 raise yaml.YAMLError(f"{name!r} comes twice")

@@ -25,8 +25,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from tqdm.auto import tqdm
 
+import augment
 from cifar10 import Data, load, title
 from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
 from run_directory import RunError, is_finished, refuse_another_run
@@ -87,7 +89,10 @@ def train_many(
     if waiting:
         context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
         others = set(multiprocessing.active_children())  # the caller's own
-        with ProcessPoolExecutor(jobs, context, _begin_worker, (threads,)) as pool:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # see the Makefile
+        # A process of its own has the policies as augment.py writes them.
+        begin = threads, dict(augment.POLICIES)
+        with ProcessPoolExecutor(jobs, context, _begin_worker, begin) as pool:
             work = partial(_train, protocol=protocol, dataset=dataset, device=device)
             futures = {pool.submit(work, *task): task[2] for task in waiting}
             try:
@@ -130,20 +135,27 @@ def _share_out(runs: int, device: torch.device, jobs: int | None) -> tuple[int, 
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
         raise ValueError(f"jobs must be a whole number of 1 or more; got {jobs!r}")
     # With a GPU, OMP_NUM_THREADS=1, as clusters set it, shouldn't mean one run at a time.
-    cores = torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1
+    cores = torch.get_num_threads() if device.type == "cpu" else _cores()
     jobs = jobs or (cores if device.type == "cpu" else min(cores, JOBS_ON_A_GPU))
     jobs = max(1, min(jobs, runs))
     return jobs, max(1, cores // jobs)
 
 
-def _begin_worker(threads: int) -> None:
-    """A process of our pool: with so many threads, and gone when the sweep is, `kill -9` included.
+def _cores() -> int:
+    """How many this process may use; a cluster often lends fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _begin_worker(threads: int, policies: dict[str, augment.Policy]) -> None:
+    """A process of our pool, with our policies; gone when the sweep is, `kill -9` included.
 
     Otherwise its runs would go on unseen, and be locked against the same command given again.
     """
+    augment.POLICIES.update(policies)
     torch.set_num_threads(threads)
-    # By default each process keeps a compiler for every core.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    torch._inductor.config.compile_threads = threads  # by default a compiler for every core
     sweep_ends = multiprocessing.parent_process().sentinel
 
     def end_with_the_sweep() -> None:
@@ -222,7 +234,11 @@ def _print_table(study: Study, folder: Path) -> None:
     from analysis import find_runs, study_table  # matplotlib, which the runs do without
 
     names = {recipe.name for recipe in study.recipes}
-    runs = find_runs(folder) if folder.is_dir() else []
+    try:
+        runs = find_runs(folder) if folder.is_dir() else []
+    except ValueError as error:  # a damaged run; what the sweep itself ended with matters more
+        print(f"no table: {error}")
+        return
     runs = [run for run in runs if run.metrics and run.config["recipe"]["name"] in names]
     if any(run.config["recipe"]["name"] == "base" for run in runs):
         print(f"\n{study.about}\n\n{study_table(runs)}")

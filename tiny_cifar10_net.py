@@ -575,7 +575,13 @@ def _open(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+    except (  # SyntaxError: what Pillow has for a broken PNG
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        ValueError,
+        SyntaxError,
+    ) as error:
         raise ValueError(
             f"{path} can't be read as a picture (expected PNG, JPEG or the like): {error}"
         ) from error

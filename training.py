@@ -39,7 +39,15 @@ import ingredients
 from engine import CompiledNetwork, Memory, peak_memory
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, Recipe, check_choice, check_number, get_recipe
-from run_directory import RunError, claim, is_finished, write, write_json
+from run_directory import (
+    RunError,
+    begin,
+    is_finished,
+    locked,
+    refuse_another_run,
+    write,
+    write_json,
+)
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs, load_pretrained, run_path
 
 __all__ = [
@@ -139,13 +147,17 @@ def train(
     teacher = _teacher(recipe, protocol, data)
     config = _config(recipe, seed, protocol, data, problem, device, compile)
     who = identity(recipe, seed, protocol, data)
-    with claim(run_dir, config, who, DEFAULTS, force) as begun, _repeatable(device):
-        if is_finished(run_dir):
-            if progress:
-                print("This run is finished, and kept: FORCE=1 (force=True) would train it anew.")
-            return json.loads((run_dir / "metrics.json").read_text())
-        _warn_if_elsewhere(begun, config)
+    with locked(run_dir), _repeatable(device):
+        if not force:
+            refuse_another_run(run_dir, who, DEFAULTS)
+            if is_finished(run_dir):
+                if progress:
+                    print("This run is finished, and kept: FORCE=1 (force=True) trains it anew.")
+                return json.loads((run_dir / "metrics.json").read_text())
+        # Before anything is replaced: what can't be had, a library or memory, shows here.
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
+        begun = begin(run_dir, config, who, DEFAULTS, force)
+        _warn_if_elsewhere(begun, config)
         try:
             run.fit()
         except KeyboardInterrupt:
@@ -253,7 +265,6 @@ class _Run:
         self.memory = Memory()
         self.history: list[dict] = []
         self.best_epoch, self.best_loss, self.best_weights = 0, math.inf, None
-        self._load()
 
     @property
     def answering(self) -> nn.Module:
@@ -268,6 +279,7 @@ class _Run:
         return early or len(self.history) >= self.recipe.epochs
 
     def fit(self) -> None:
+        self._load()
         with _bar(total=self.recipe.epochs, unit="epoch", on=self.progress) as bar:
             bar.update(len(self.history))
             while not self.stopped:
@@ -488,15 +500,18 @@ def log_probabilities(
         stats: the channel mean and std that the model was trained with.
         tta: average the probabilities of the picture and its mirror image.
         batch_size: pictures at once; no faster when larger on a CPU, and 2 MB each.
+
+    Raises:
+        ValueError: there are no pictures.
     """
+    images = torch.as_tensor(images)
+    if not len(images):
+        raise ValueError("there are no pictures to evaluate: give one or more")
     device = next(model.parameters()).device
     plain = augment.Batched(augment.get_policy("none"), stats.mean, stats.std).to(device)
-    was_training = model.training
-    model.eval()
-    images = torch.as_tensor(images)
     answers = None
     no_draws = torch.zeros(batch_size, plain.DRAWS, device=device)  # nothing here is random
-    with torch.inference_mode(), _float32():
+    with torch.inference_mode(), _float32(), _in_eval_mode(model):
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size].to(device)
             batch = plain.transform(part, no_draws[: len(part)])
@@ -508,8 +523,17 @@ def log_probabilities(
                 # then couldn't be used again, and cost 0.3 GB.
                 answers = torch.empty(len(images), log_p.shape[1])
             answers[start : start + len(batch)] = log_p
-    model.train(was_training)
     return answers.clone()  # a plain tensor, not one of inference mode
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def evaluate(
@@ -667,11 +691,16 @@ def _repeatable(device: torch.device):
             torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
+@contextmanager
 def _float32():
     """Convolutions on a GPU in full precision; by default they round to TF32's ten bits."""
-    return torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False
-    )
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
+    cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = "ieee", True, False
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
 
 
 def _line(row: dict, epochs: int) -> str:

@@ -120,7 +120,7 @@ def effective_receptive_field(
         features = stages(pixels)
         centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
         (gradient,) = torch.autograd.grad(centre.sum(), pixels)
-        total += gradient.abs().double().sum(dim=(0, 1)).cpu()
+        total += gradient.abs().cpu().double().sum(dim=(0, 1))
     model.train(was_training)
     return (total / (3 * len(images))).numpy()
 

@@ -26,6 +26,7 @@ from contestants import BATCH, SMALL
 
 from publish import machine_name, speed_table
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs
+from training import _float32
 
 HERE = Path(__file__).resolve().parent
 
@@ -137,7 +138,7 @@ def measured_peak(device: str) -> float:
     images = torch.randn(32, 256, 32, 32, device=device).to(memory_format=torch.channels_last)
     conv = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False, device=device)
     conv = conv.to(memory_format=torch.channels_last)
-    with torch.inference_mode():
+    with torch.inference_mode(), _float32():
         seconds = median_seconds(lambda: conv(images), device)
     return 32 * 32 * 32 * conv.weight.numel() / seconds
 

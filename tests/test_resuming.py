@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_training import SMALL, assert_same_outcome, history
 
+import augment
 import cifar10
 import ingredients
 import run_directory
@@ -40,7 +41,7 @@ IN_A_PROCESS = """
 import sys, cifar10
 from test_resuming import SIX_EPOCHS
 from training import train
-train(SIX_EPOCHS, sys.argv[1], dataset=cifar10.load("shapes", limit=100))
+train(SIX_EPOCHS, sys.argv[1], dataset=cifar10.load("shapes", limit=100), device="cpu")
 """
 
 
@@ -53,7 +54,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(SIX_EPOCHS, folder, dataset=tiny, progress=False)
+    train(SIX_EPOCHS, folder, dataset=tiny, device="cpu", progress=False)
     return folder
 
 
@@ -230,6 +231,18 @@ def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path, capsys):
     assert json.loads((tmp_path / "r" / "config.json").read_text())["recipe"]["epochs"] == 1
     forced = train(other, tmp_path / "r", seed=0, dataset=tiny, force=True, progress=False)
     assert forced["seconds_train"] != metrics["seconds_train"], "trained anew"
+
+
+def test_a_forced_run_that_cannot_start_replaces_nothing(tiny, whole, monkeypatch):
+    def missing():
+        raise ImportError("needs albumentations")
+
+    before = contents(whole)
+    monkeypatch.setattr(augment, "_import_albumentations", missing)
+    recipe = get_recipe(SMALL, build="albumentations", alternate_flip=False)
+    with pytest.raises(ImportError, match="albumentations"):
+        train(recipe, whole, dataset=tiny, force=True, progress=False)
+    assert contents(whole) == before
 
 
 def test_a_forced_run_that_was_interrupted_goes_on_too(tiny, whole, tmp_path, monkeypatch):

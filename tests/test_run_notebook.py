@@ -1,12 +1,14 @@
 """Running notebooks headless: names are checked, errors are short, good notebooks are kept."""
 
 import json
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import nbformat
 import pytest
 
+import run_directory
 import run_notebook
 from recipes import RECIPES
 from run_notebook import _literal, run_notebooks
@@ -75,6 +77,7 @@ def test_a_failed_notebook_says_why_and_keeps_the_good_one(notebooks, tmp_path):
         ("none", "none"),  # a policy
         ("one_cycle", "one_cycle"),
         ("['none', 'light']", ["none", "light"]),
+        ("{{1}}", "{{1}}"),  # Python, but no value of it
     ],
 )
 def test_values_are_what_they_look_like(text, value):
@@ -120,6 +123,26 @@ def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder(in_this_pr
     with pytest.raises(ValueError, match="epochs must be a whole number from 1"):
         run_notebook._run_dir(["training"], dict(settings), {"epochs": 0})
     assert run_notebook._run_dir(["tuning_CNN_CIFAR10"], settings, {}).name == "tour"
+
+
+def test_a_limit_that_takes_all_is_none(in_this_process, a_run):
+    settings = {"recipe": "quick", "protocol": "val", "seed": 0, "run_dir": str(a_run)}
+    settings |= {"dataset": "shapes", "force": False}
+    assert run_notebook._run_dir(["training"], dict(settings), {"limit": 10_000}) == a_run
+    with pytest.raises(run_directory.RunError, match="limit is None there and 200 now"):
+        run_notebook._run_dir(["training"], settings, {"limit": 200})
+
+
+def test_a_terminal_without_a_name_stops_nothing(monkeypatch):
+    def nameless(_):
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(run_notebook.os, "ttyname", nameless)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.delenv("PROGRESS_TTY", raising=False)
+    with warnings.catch_warnings():
+        run_notebook._draw_progress_on_the_terminal()
+    assert run_notebook.os.environ["TQDM_DISABLE"] == "1"
 
 
 @pytest.fixture

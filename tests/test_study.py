@@ -95,6 +95,14 @@ def test_what_is_no_study_is_refused(write):
         load_study(file)
 
 
+def test_a_study_may_say_things_once(write):
+    file = write()
+    file.write_text(
+        "about: a\nbase: quick\nvariations:\n  x: &x {lr: 0.1, epochs: 3}\n  y: {<<: *x, lr: 0.2}\n"
+    )
+    assert [(r.lr, r.epochs) for r in load_study(file).recipes[1:]] == [(0.1, 3), (0.2, 3)]
+
+
 def test_a_study_is_swept_into_a_table_and_kept(write, tmp_path, monkeypatch, capsys, tiny):
     study = write(seeds=[0], variations={"lr 0.1": {"lr": 0.1}})
     train_many = sweep.train_many

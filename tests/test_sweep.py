@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 
+import augment
 import cifar10
 import run_directory
 import sweep
-from recipes import Recipe
+from recipes import Recipe, get_recipe
 from run_directory import RunError
 from sweep import train_many
 from training import train
@@ -23,7 +24,8 @@ FAILING = Recipe("failing", epochs=1, batch_size=32, lr=99, schedule="constant")
 
 def test_runs_are_what_train_makes_and_finished_ones_are_kept(tiny, tmp_path, capsys):
     threads = torch.get_num_threads()
-    many = train_many([SMALL], seeds=[3, 4], dataset=tiny, folder=tmp_path, jobs=threads)
+    settings = {"dataset": tiny, "device": "cpu", "folder": tmp_path}
+    many = train_many([SMALL], seeds=[3, 4], jobs=threads, **settings)
     assert [m["seed"] for m in many] == [3, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small-val-seed3", "small-val-seed4"]
     printed = capsys.readouterr().out
@@ -37,7 +39,7 @@ def test_runs_are_what_train_makes_and_finished_ones_are_kept(tiny, tmp_path, ca
     assert alone["test_loss"] == many[1]["test_loss"]
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
-    again = train_many([SMALL], seeds=[3, 4], dataset=tiny, folder=tmp_path, progress=False)
+    again = train_many([SMALL], seeds=[3, 4], progress=False, **settings)
     assert again == many
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")} == before
 
@@ -46,6 +48,14 @@ def test_a_failure_stops_no_other_run(tiny, tmp_path):
     with pytest.raises(RunError, match=r"1 of 2 runs failed.*failing-val-seed0: .*lower lr"):
         train_many([FAILING, SMALL], dataset=tiny, folder=tmp_path, progress=False)
     assert json.loads((tmp_path / "small-val-seed0" / "metrics.json").read_text())["seed"] == 0
+
+
+def test_policies_of_ones_own_reach_the_processes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(augment.POLICIES, "mine", augment.Policy(flip=1.0))
+    recipe = get_recipe(SMALL, name="own", policy="mine")
+    train_many([recipe], dataset=tiny, folder=tmp_path, jobs=1, progress=False)
+    config = json.loads((tmp_path / "own-val-seed0" / "config.json").read_text())
+    assert config["policies"]["mine"]["flip"] == 1.0
 
 
 def die(*_, **__):
@@ -79,7 +89,7 @@ def wait_until(happened, seconds):
 
 def locked(run_dir):
     try:
-        with run_directory._locked(run_dir):
+        with run_directory.locked(run_dir):
             return False
     except RunError:
         return True
@@ -111,7 +121,7 @@ def test_cores_are_shared_out(monkeypatch):
     assert sweep._share_out(100, cpu, 4) == (4, 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as OMP_NUM_THREADS=1 has it
     for cores, shared in ((16, (8, 2)), (2, (2, 1))):
-        monkeypatch.setattr(sweep.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(sweep, "_cores", lambda cores=cores: cores)
         assert sweep._share_out(100, gpu, None) == shared
 
 

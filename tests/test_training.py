@@ -827,6 +827,22 @@ def test_evaluation_leaves_the_mode_and_the_weights(tiny):
     assert net.training
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     torch.testing.assert_close(log_p, log_probabilities(net, tiny.test_images, stats))
+    with pytest.raises(ValueError, match="Expected uint8"):
+        log_probabilities(net, tiny.test_images[..., :1], stats)  # one channel
+    assert net.training
+    with pytest.raises(ValueError, match="no pictures to evaluate"):
+        log_probabilities(net, tiny.test_images[:0], stats)
+
+
+def test_convolutions_are_float32_whatever_the_caller_set():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    for precision in ("tf32", "ieee", before):
+        conv.fp32_precision = precision
+        with training._float32():
+            assert conv.fp32_precision == "ieee" and torch.backends.cudnn.deterministic
+        assert conv.fp32_precision == precision
+    assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.allow_tf32
 
 
 # ------------------------------------------------------------------------------------- repeating
