@@ -236,12 +236,11 @@ def _print_table(study: Study, folder: Path) -> None:
     names = {recipe.name for recipe in study.recipes}
     try:
         runs = find_runs(folder) if folder.is_dir() else []
+        runs = [run for run in runs if run.metrics and run.config["recipe"]["name"] in names]
+        if any(run.config["recipe"]["name"] == "base" for run in runs):
+            print(f"\n{study.about}\n\n{study_table(runs)}")
     except ValueError as error:  # a damaged run; what the sweep itself ended with matters more
         print(f"no table: {error}")
-        return
-    runs = [run for run in runs if run.metrics and run.config["recipe"]["name"] in names]
-    if any(run.config["recipe"]["name"] == "base" for run in runs):
-        print(f"\n{study.about}\n\n{study_table(runs)}")
 
 
 def _apply_study(args: dict) -> Study | None:

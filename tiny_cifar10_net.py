@@ -18,6 +18,7 @@ import hashlib
 import json
 import pickle
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ __all__ = [
     "load_pretrained",
     "run_path",
     "predict",
+    "eval_mode",
 ]
 
 ROOT = Path(__file__).resolve().parent
@@ -540,13 +542,22 @@ def predict(
     mean, std = pixels.new_tensor(model.mean), pixels.new_tensor(model.std)
     batch = ((pixels - mean) / std).permute(2, 0, 1)[None]
 
-    was_training = model.training
-    with torch.no_grad():
-        probabilities = model.eval()(batch)[0].exp().cpu()
-    model.train(was_training)
+    with torch.no_grad(), eval_mode(model):
+        probabilities = model(batch)[0].exp().cpu()
     best = probabilities.topk(min(top, len(model.classes)))
     names = [model.classes[i] for i in best.indices]
     return list(zip(names, best.values.tolist(), strict=True))
+
+
+@contextmanager
+def eval_mode(model: nn.Module):
+    """The model answers in eval mode, and is afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _as_rgb(image) -> Image.Image:

@@ -48,7 +48,14 @@ from run_directory import (
     write,
     write_json,
 )
-from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs, load_pretrained, run_path
+from tiny_cifar10_net import (
+    NetCIFAR10_Tiny,
+    eval_mode,
+    fuse,
+    layer_costs,
+    load_pretrained,
+    run_path,
+)
 
 __all__ = [
     "HISTORY_COLUMNS",
@@ -511,7 +518,7 @@ def log_probabilities(
     plain = augment.Batched(augment.get_policy("none"), stats.mean, stats.std).to(device)
     answers = None
     no_draws = torch.zeros(batch_size, plain.DRAWS, device=device)  # nothing here is random
-    with torch.inference_mode(), _float32(), _in_eval_mode(model):
+    with torch.inference_mode(), _float32(), eval_mode(model):
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size].to(device)
             batch = plain.transform(part, no_draws[: len(part)])
@@ -524,16 +531,6 @@ def log_probabilities(
                 answers = torch.empty(len(images), log_p.shape[1])
             answers[start : start + len(batch)] = log_p
     return answers.clone()  # a plain tensor, not one of inference mode
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module):
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def evaluate(

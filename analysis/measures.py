@@ -11,6 +11,7 @@ from torch import nn
 
 import augment
 import cifar10
+from tiny_cifar10_net import eval_mode
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n: int) -> np.ndarray:
@@ -110,18 +111,17 @@ def effective_receptive_field(
     shape = np.shape(images)
     if len(shape) != 4 or shape[1] != shape[2] or not len(images):
         raise ValueError(f"images must be square, of shape (N, S, S, 3), N > 0; got {shape}")
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     normalise = augment.Batched("none", mean, std).to(device)
     stages = nn.Sequential(model.c1, model.c2, model.c3, model.c4)
     total = torch.zeros(shape[1:3], dtype=torch.float64)
-    model.eval()
-    for part in torch.as_tensor(images).split(chunk):
-        pixels = normalise(part.to(device)).requires_grad_()
-        features = stages(pixels)
-        centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
-        (gradient,) = torch.autograd.grad(centre.sum(), pixels)
-        total += gradient.abs().cpu().double().sum(dim=(0, 1))
-    model.train(was_training)
+    with eval_mode(model):
+        for part in torch.as_tensor(images).split(chunk):
+            pixels = normalise(part.to(device)).requires_grad_()
+            features = stages(pixels)
+            centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
+            (gradient,) = torch.autograd.grad(centre.sum(), pixels)
+            total += gradient.abs().cpu().double().sum(dim=(0, 1))
     return (total / (3 * len(images))).numpy()
 
 

@@ -138,6 +138,7 @@ def test_a_terminal_without_a_name_stops_nothing(monkeypatch):
         raise OSError(19, "No such device")
 
     monkeypatch.setattr(run_notebook.os, "ttyname", nameless)
+    monkeypatch.setattr(run_notebook.sys.stderr, "isatty", lambda: True)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.delenv("PROGRESS_TTY", raising=False)
     with warnings.catch_warnings():
