@@ -176,7 +176,7 @@ def get_policy(policy: str | Policy) -> Policy:
     if isinstance(policy, str) and policy in POLICIES:
         return POLICIES[policy]
     names = ", ".join(POLICIES)
-    raise ValueError(f"Unknown policy {policy!r}: expected one of {names}, or a Policy.")
+    raise ValueError(f"unknown policy {policy!r}: expected one of {names}, or a Policy.")
 
 
 class Batched(nn.Module):
@@ -399,7 +399,7 @@ def per_sample(
     """
     if build not in _SAMPLERS:
         names = ", ".join(_SAMPLERS)
-        raise ValueError(f"Unknown per-sample build {build!r}: expected one of {names}.")
+        raise ValueError(f"unknown per-sample build {build!r}: expected one of {names}.")
     return _PerSample(policy, mean, std, build)
 
 

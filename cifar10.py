@@ -123,6 +123,12 @@ class Data:
         """What every figure says about its data."""
         return title(self.name, self.limit)
 
+    @property
+    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `split` holds back of the training set: uint8 (V, 32, 32, 3) and int64 (V,)."""
+        held_back = split(self.train_labels)[1]
+        return self.train_images[held_back], self.train_labels[held_back]
+
 
 @dataclass(frozen=True)
 class Stats:

@@ -8,14 +8,19 @@ import logging
 import sys
 import warnings
 from collections.abc import Collection
+from contextlib import contextmanager
 
 import torch
+import torch._dynamo.config
+import torch._functorch.config
 from torch import Tensor, compile, nn
 from torch.func import functional_call
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
 
 __all__ = ["CompiledNetwork", "Memory", "MixedPrecision", "merged", "peak_memory"]
+
+PROGRAMS = 128  # one for each size of the pictures, in all runs of a process
 
 
 class CompiledNetwork:
@@ -52,12 +57,6 @@ class CompiledNetwork:
             self.plain = MixedPrecision(model, precision)
             fast = MixedPrecision(fast, precision)
         # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
-        # All networks of a process share a list of programs, which by default holds eight and then
-        # is no longer added to, without a word.
-        torch._dynamo.config.recompile_limit = 128
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        # The backward pass with the forward: what fails, fails below, where it can be helped.
-        torch._functorch.config.force_non_lazy_backward_lowering = True
         self.program = compile(fast, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -66,7 +65,8 @@ class CompiledNetwork:
         if len(images) != self.batch_size or images.shape[-1] not in self.sides:
             return self.plain(images)
         try:
-            return self.program(images)
+            with _compiling():
+                return self.program(images)
         except Exception as error:
             # A fault of the network's own shows again in the plain call.
             output = self.plain(images)
@@ -76,6 +76,20 @@ class CompiledNetwork:
                 stacklevel=2,
             )
             return output
+
+
+@contextmanager
+def _compiling():
+    """The compiler's settings as they have to be here; the caller's own programs keep theirs."""
+    # All networks of a process share a list of programs, which by default holds eight and then is
+    # no longer added to, without a word.
+    programs = torch._dynamo.config.patch(
+        recompile_limit=PROGRAMS, fail_on_recompile_limit_hit=True
+    )
+    # The backward pass with the forward: what fails, fails here, where it can be helped.
+    backward = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    with programs, backward:
+        yield
 
 
 def _reason(error: Exception) -> str:

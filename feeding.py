@@ -38,10 +38,10 @@ class Feed:
     def __init__(self, recipe, seed, problem, device, workers):
         self.recipe, self.seed, self.problem, self.device = recipe, seed, problem, device
         self.workers = workers
-        stats, epochs = problem.stats, range(1, recipe.epochs + 1)
+        stats = problem.stats
         self.transforms = {
             policy: self.transform(augment.get_policy(policy), stats.mean, stats.std)
-            for policy in dict.fromkeys(map(recipe.policy_in, epochs))
+            for policy in recipe.policies
         }
 
     def transform(self, policy: augment.Policy, mean, std):

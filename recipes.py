@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import numbers
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import augment
@@ -66,10 +68,10 @@ class Recipe:
 
     def __post_init__(self):
         for name, (kind, low, high) in _RANGES.items():
-            check_number(name, getattr(self, name), kind, low, high)
+            self._settle(name, kind, low, high)
         for name, (kind, low, high) in _OPTIONAL_RANGES.items():
             if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), kind, low, high, " or None")
+                self._settle(name, kind, low, high, " or None")
         for name in ("decay_all", "dirac", "whiten", "alternate_flip", "dilated", "separable"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -92,6 +94,9 @@ class Recipe:
             )
         if not isinstance(self.name, str) or "/" in self.name or "\\" in self.name:
             raise ValueError(f"a recipe's name becomes a folder's: no slashes; got {self.name!r}")
+
+    def _settle(self, name: str, *limits) -> None:
+        object.__setattr__(self, name, check_number(name, getattr(self, name), *limits))
 
     @property
     def _flips(self) -> bool:
@@ -150,15 +155,27 @@ _RANGES = {
 _OPTIONAL_RANGES = {"stop_patience": (int, 1, 10_000), "ema": (float, 0, 0.99999)}
 
 
-def check_number(name, value, kind, low, high, alternative=""):
-    """Refuse strings, bools, NaN and what lies outside [low, high], in one sentence."""
-    right_kind = isinstance(value, (int, float) if kind is float else int)
-    if not right_kind or isinstance(value, bool) or not low <= value <= high:
+def check_number(
+    name: str, value: object, kind: type, low: float, high: float, alternative: str = ""
+) -> int | float:
+    """A number from `low` to `high`, one of NumPy's as a plain one.
+
+    Args:
+        kind: int takes whole numbers alone, float any real one.
+        alternative: what else the message is to offer.
+
+    Raises:
+        ValueError: it isn't; NaN, bools and strings aren't either.
+    """
+    number = isinstance(value, numbers.Integral if kind is int else numbers.Real)
+    if not number or isinstance(value, bool) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name} must be {what} from {low} to {high}{alternative}; got {value!r}")
+    return value if isinstance(value, (int, float)) else kind(value)
 
 
-def check_choice(name, value, valid):
+def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
+    """Raise a ValueError that lists the valid ones, unless `value` is one of them."""
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
 

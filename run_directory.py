@@ -81,8 +81,13 @@ def _differences(run_dir: Path, identity: dict, defaults: dict) -> list[str]:
     there = run_dir / "config.json"
     if not there.is_file():
         return []
-    old = json.loads(there.read_text())
-    old["recipe"] = defaults | old["recipe"]
+    try:
+        old = json.loads(there.read_text())
+        old["recipe"] = defaults | old["recipe"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{there} is not the config.json of a run ({error!r}): give another name, or remove it"
+        ) from error
     now = json.loads(json.dumps(identity))  # with lists for tuples, as it was read
     return _unlike({k: old.get(k, now[k]) for k in now}, now)
 

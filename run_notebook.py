@@ -247,8 +247,10 @@ def _checked_run_dir(names: list[str], given: str, settings: dict, extra: dict) 
         raise ValueError(f"{', '.join(twice)}: given both by itself and in changes; give it once")
     recipe = recipes.get_recipe(settings["recipe"], **changes, **others)
     training.check_settings(recipe, settings["protocol"], settings["seed"])
+    training.pick_device(settings["device"])
+    recipes.check_choice("dataset", settings["dataset"], cifar10.DATASETS)
     run_dir = training.run_folder(recipe, settings["protocol"], settings["seed"])
-    run_dir = ROOT / given if given else run_dir
+    run_dir = ROOT / str(given) if given else run_dir
     trains = {"training", "tuning_CNN_CIFAR10"} & set(names)
     if "analysis" in names and not trains and not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"no run in {run_dir}: train it first, or name another RUN")

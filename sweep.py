@@ -30,10 +30,18 @@ from tqdm.auto import tqdm
 
 import augment
 from cifar10 import Data, load, title
-from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
+from recipes import DEFAULTS, RECIPES, Recipe, check_number, get_recipe
 from run_directory import RunError, is_finished, refuse_another_run
 from study import Study, load_study
-from training import ROOT, check_settings, identity, pick_device, run_folder, train
+from training import (
+    ROOT,
+    check_settings,
+    identity,
+    pick_device,
+    run_folder,
+    teachers_run,
+    train,
+)
 
 __all__ = ["train_many"]
 
@@ -70,7 +78,8 @@ def train_many(
         What each metrics.json holds, recipe by recipe, in the order of the seeds.
 
     Raises:
-        ValueError: bad input, before anything is run. DataError: so for the data set.
+        ValueError: bad input, before anything is run. DataError, FileNotFoundError: so for the
+        data set or a teacher that can't be had.
         RunError: a run directory holds another run, before anything is run; or some runs failed,
             which are named, and all others are finished; or a process was killed.
     """
@@ -79,7 +88,10 @@ def train_many(
     for recipe, seed, run_dir in tasks:
         refuse_another_run(run_dir, identity(recipe, seed, protocol, data), DEFAULTS)
     waiting = [task for task in tasks if not is_finished(task[2])]
-    jobs, threads = _share_out(len(tasks), pick_device(device), jobs)
+    for recipe, *_ in waiting:
+        teachers_run(recipe, protocol, data)
+    device = pick_device(device)
+    jobs, threads = _share_out(len(tasks), device, jobs)
     for *_, run_dir in tasks:
         if progress and is_finished(run_dir):
             print(f"{run_dir.name}  kept: {_outcome(run_dir)}", flush=True)
@@ -93,7 +105,7 @@ def train_many(
         # A process of its own has the policies as augment.py writes them.
         begin = threads, dict(augment.POLICIES)
         with ProcessPoolExecutor(jobs, context, _begin_worker, begin) as pool:
-            work = partial(_train, protocol=protocol, dataset=dataset, device=device)
+            work = partial(_train, protocol=protocol, dataset=dataset, device=str(device))
             futures = {pool.submit(work, *task): task[2] for task in waiting}
             try:
                 for future in _as_they_end(futures, waiting, progress):
@@ -122,6 +134,7 @@ def _tasks(recipes: list[Recipe], seeds: list[int], protocol: str, folder: Path)
     for recipe in recipes:
         for seed in seeds:
             check_settings(recipe, protocol, seed)
+            seed = int(seed)  # NumPy's become plain ones
             tasks.append((recipe, seed, folder / run_folder(recipe, protocol, seed).name))
     names = [run_dir.name for *_, run_dir in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -132,8 +145,8 @@ def _tasks(recipes: list[Recipe], seeds: list[int], protocol: str, folder: Path)
 
 def _share_out(runs: int, device: torch.device, jobs: int | None) -> tuple[int, int]:
     """(processes, threads of each)."""
-    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
-        raise ValueError(f"jobs must be a whole number of 1 or more; got {jobs!r}")
+    if jobs is not None:
+        jobs = check_number("jobs", jobs, int, 1, 1024)
     # With a GPU, OMP_NUM_THREADS=1, as clusters set it, shouldn't mean one run at a time.
     cores = torch.get_num_threads() if device.type == "cpu" else _cores()
     jobs = jobs or (cores if device.type == "cpu" else min(cores, JOBS_ON_A_GPU))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import io
 import json
 import math
@@ -55,6 +54,7 @@ from tiny_cifar10_net import (
     layer_costs,
     load_pretrained,
     run_path,
+    weights_checksum,
 )
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "identity",
     "log_probabilities",
     "run_folder",
+    "teachers_run",
     "train",
     "train_index",
 ]
@@ -79,6 +80,8 @@ PROTOCOLS = {
     "test-selected": "the whole training set; schedule, stopping and epoch are chosen ON TEST, "
     "as the published reference did",
 }
+
+SEEDS = 0, 2**32 - 1  # the lowest and the highest
 
 # Deterministic algorithms of CUDA ask for it, before anything is multiplied on the GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -130,13 +133,16 @@ def train(
         What metrics.json holds. Accuracies are percentages.
 
     Raises:
-        ValueError: bad input. RunError: the run directory holds another run, or the loss is no
-        longer finite. OSError: a file can't be written. In each case the run is intact up to its
-        last finished epoch.
+        ValueError: bad input. cifar10.DataError: the data set can't be had. FileNotFoundError:
+        there is no such teacher. ImportError: the recipe's build is of a library that isn't
+        installed. RunError: the run directory holds another run, or the loss is no longer finite.
+        OSError: a file can't be written. In each case the run is intact up to its last finished
+        epoch.
     """
     recipe = get_recipe(recipe)
     check_settings(recipe, protocol, seed)
-    check_number("workers", workers, int, 0, 64)
+    seed = check_number("seed", seed, int, *SEEDS)
+    workers = check_number("workers", workers, int, 0, 64)
     if not isinstance(force, bool):
         raise ValueError(f"force must be True or False, not {force!r}")
     if compile not in (True, False, "auto"):
@@ -151,9 +157,9 @@ def train(
             f"batch_size must be a whole number from 1 to {len(problem.train_index)}, "
             f"the number of training images; got {recipe.batch_size}"
         )
-    teacher = _teacher(recipe, protocol, data)
-    config = _config(recipe, seed, protocol, data, problem, device, compile)
     who = identity(recipe, seed, protocol, data)
+    kept = is_finished(run_dir) and not force
+    teacher = None if kept else teachers_run(recipe, protocol, data)
     with locked(run_dir), _repeatable(device):
         if not force:
             refuse_another_run(run_dir, who, DEFAULTS)
@@ -162,6 +168,8 @@ def train(
                     print("This run is finished, and kept: FORCE=1 (force=True) trains it anew.")
                 return json.loads((run_dir / "metrics.json").read_text())
         # Before anything is replaced: what can't be had, a library or memory, shows here.
+        teacher = teacher and fuse(load_pretrained(teacher))
+        config = _config(recipe, seed, protocol, data, problem, device, compile)
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
         begun = begin(run_dir, config, who, DEFAULTS, force)
         _warn_if_elsewhere(begun, config)
@@ -177,7 +185,7 @@ def check_settings(recipe: str | Recipe, protocol: str, seed: int) -> None:
     """Refuse with a ValueError what `train` would refuse, before anything else is done."""
     recipe = get_recipe(recipe)
     check_choice("protocol", protocol, tuple(PROTOCOLS))
-    check_number("seed", seed, int, 0, 2**32 - 1)
+    check_number("seed", seed, int, *SEEDS)
     if recipe.schedule == "plateau" and protocol == "full":
         raise ValueError(
             f"recipe {recipe.name!r} has a plateau schedule, which needs a loss to watch, and "
@@ -235,8 +243,7 @@ class _Problem:
         self.stats = cifar10.channel_stats(data.train_images, index)
         self.selection = self.test if protocol == "test-selected" else None
         if protocol == "val":
-            held_back = torch.from_numpy(cifar10.split(data.train_labels)[1])
-            self.selection = (self.train[0][held_back], self.train[1][held_back])
+            self.selection = tuple(map(torch.from_numpy, data.validation))
 
 
 class _Run:
@@ -302,7 +309,6 @@ class _Run:
         started = time.perf_counter()
         self.memory.trim()
         train_loss, train_acc = self._train_pass(epoch)
-        lr = self.optimizers[0].param_groups[0]["lr"]
         val_loss = val_acc = None
         if self.problem.selection is not None:
             self.memory.trim()
@@ -317,7 +323,7 @@ class _Run:
             self.best_epoch, self.best_loss = epoch, math.inf if val_loss is None else val_loss
             self.best_weights = _cpu_copy(self.answering)
         seconds = time.perf_counter() - started
-        values = (epoch, lr, train_loss, train_acc, val_loss, val_acc, seconds)
+        values = (epoch, self.lr, train_loss, train_acc, val_loss, val_acc, seconds)
         return dict(zip(HISTORY_COLUMNS, values, strict=True))
 
     def _train_pass(self, epoch: int) -> tuple[float, float]:
@@ -352,6 +358,7 @@ class _Run:
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
+        self.lr = self.optimizers[0].param_groups[0]["lr"]  # of the step just made
         if self.recipe.schedule != "plateau":
             for schedule in self.schedules:
                 schedule.step()
@@ -389,7 +396,14 @@ class _Run:
         file = self.run_dir / "last.pt"
         if not file.is_file():
             return
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        content = io.BytesIO(file.read_bytes())
+        try:
+            state = torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # of a dozen kinds, as the damage has it
+            raise RunError(
+                f"{file} is damaged, so this run can't go on: copy it back, or FORCE=1 "
+                "(force=True) begins anew"
+            ) from error
         if "optimizers" not in state:
             raise RunError(
                 f"{self.run_dir} was begun by an earlier version of this code: finish it with "
@@ -450,7 +464,7 @@ class _Run:
             "device": config["device"],
             "torch": torch.__version__,
             "git_commit": config["git_commit"],
-            "weights_sha256": _sha256(self.run_dir),
+            "weights_sha256": weights_checksum(self.run_dir),
         }
         write_json(self.run_dir / "metrics.json", metrics)
         return metrics
@@ -466,11 +480,18 @@ def _worth_compiling(recipe, pictures: int, device, compile: bool | str) -> set[
     return set(fed) if compile else set()
 
 
-def _teacher(recipe: Recipe, protocol: str, data: cifar10.Data) -> nn.Module | None:
-    """The network to learn from, fused; refused where it may know what ours mustn't."""
+def teachers_run(recipe: Recipe, protocol: str, data: cifar10.Data) -> Path | None:
+    """The run directory of the network to learn from, where there is one.
+
+    Raises:
+        FileNotFoundError: there is no such run. RunError: it isn't finished, so that its weights
+        still change. ValueError: it may know what the pupil mustn't.
+    """
     if recipe.teacher is None:
         return None
-    folder = _teachers_run(recipe)
+    folder = _teacher_folder(recipe)
+    if not is_finished(folder):
+        raise RunError(f"teacher {recipe.teacher!r} isn't finished: finish its run first")
     saw = json.loads((folder / "config.json").read_text())
     if (saw["protocol"], saw["data_sha256"]) != (protocol, data.checksum):
         raise ValueError(
@@ -478,16 +499,12 @@ def _teacher(recipe: Recipe, protocol: str, data: cifar10.Data) -> nn.Module | N
             f"{cifar10.title(saw['dataset'], saw['limit'])}: it must be {protocol!r} on "
             f"{data.title}, as here, so that it passes on nothing that is held back"
         )
-    return fuse(load_pretrained(folder))
-
-
-def _teachers_run(recipe: Recipe) -> Path:
-    """Its run directory, which has to be a finished one: its weights don't change any more."""
-    here = ROOT / recipe.teacher  # as all relative paths of training
-    folder = here if (here / "config.json").is_file() else run_path(recipe.teacher)
-    if not is_finished(folder):
-        raise RunError(f"teacher {recipe.teacher!r} isn't finished: finish its run first")
     return folder
+
+
+def _teacher_folder(recipe: Recipe) -> Path:
+    here = ROOT / recipe.teacher  # as all relative paths of training
+    return here if (here / "config.json").is_file() else run_path(recipe.teacher)
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -558,8 +575,11 @@ def _accuracy(log_p: Tensor, labels: Tensor) -> float:
 
 
 def identity(recipe: Recipe, seed: int, protocol: str, data: cifar10.Data) -> dict:
-    """What tells a run from any other: the fields of config.json that a resumed one must share."""
-    return {
+    """What tells a run from any other: the fields of config.json that a resumed one must share.
+
+    Not the teacher's checksum once the teacher is gone: a finished run has no more need of it.
+    """
+    who = {
         "recipe": asdict(recipe),
         # What the names meant: augment.POLICIES can be changed.
         "policies": {name: asdict(augment.get_policy(name)) for name in recipe.policies},
@@ -568,13 +588,14 @@ def identity(recipe: Recipe, seed: int, protocol: str, data: cifar10.Data) -> di
         "dataset": data.name,
         "limit": data.limit,
         "data_sha256": data.checksum,
-        "teacher_sha256": None if recipe.teacher is None else _sha256(_teachers_run(recipe)),
+        "teacher_sha256": None,
     }
-
-
-def _sha256(run_dir: Path) -> str:
-    """Checksum of a run's weights."""
-    return hashlib.sha256((run_dir / "best.pt").read_bytes()).hexdigest()
+    if recipe.teacher is not None:
+        try:
+            who["teacher_sha256"] = weights_checksum(_teacher_folder(recipe))
+        except FileNotFoundError:
+            del who["teacher_sha256"]
+    return who
 
 
 def _config(recipe, seed, protocol, data, problem, device, compile) -> dict:
@@ -676,6 +697,7 @@ def _command(recipe, seed, protocol, data) -> str:
 def _repeatable(device: torch.device):
     """Deterministic algorithms and our own random stream, all given back afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _float32():
         torch.use_deterministic_algorithms(True)
@@ -684,7 +706,7 @@ def _repeatable(device: torch.device):
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(before, warn_only=only_warned)
             torch.utils.deterministic.fill_uninitialized_memory = filled
 
 

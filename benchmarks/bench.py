@@ -22,13 +22,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from contestants import BATCH, SMALL
+from contestants import BATCH, DEVICE, SMALL
 
 from publish import machine_name, speed_table
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs
 from training import _float32
 
 HERE = Path(__file__).resolve().parent
+SIDE_BY_SIDE = 8  # at most, as each takes 1 to 2 GB
 
 
 class Contestant:
@@ -116,8 +117,7 @@ def roofline(step_seconds: float) -> dict:
     gradient is written and read, and the output itself is read for BatchNorm and for the next
     convolution's weights.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    peak, bandwidth = measured_peak(device), measured_bandwidth(device)
+    peak, bandwidth = measured_peak(DEVICE.type), measured_bandwidth(DEVICE.type)
     costs = layer_costs(NetCIFAR10_Tiny())
     macs = 3 * BATCH * sum(c.macs for c in costs)
     outputs = [c.out_shape for c in costs if "Conv" in c.kind]
@@ -202,7 +202,7 @@ def machine() -> dict:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
     return {
         "processor": name,
         "cores": len(os.sched_getaffinity(0))
@@ -226,9 +226,9 @@ def measure(rounds: int, steps: int) -> dict:
         part: statistics.median(t["parts"][part] / t["seconds"] for t in turns)
         for part in turns[0]["parts"]
     }
-    threads = torch.get_num_threads()
+    count = min(torch.get_num_threads(), SIDE_BY_SIDE)
     together = {
-        name: side_by_side(f"{name}-one-thread", threads, rounds, steps)
+        name: side_by_side(f"{name}-one-thread", count, rounds, steps)
         for name in ("ours", "ours-bfloat16", "ours-small")
     }
     return {
@@ -237,6 +237,7 @@ def measure(rounds: int, steps: int) -> dict:
         "batch_size": BATCH,
         "rounds": rounds,
         "steps_per_turn": steps,
+        "runs_side_by_side": count,
         "images_per_second": rates,
         "images_per_second_by_turn": {
             name: [BATCH * t["steps"] / t["seconds"] for t in run.turns]
@@ -274,7 +275,7 @@ def plot(result: dict):
         "reference": "reference's loop",
         "ours-eager": "ours, eager",
         "ours": "ours, compiled",
-        "ours-bfloat16": "the same in bfloat16",
+        "ours-bfloat16": "ours, compiled, bfloat16",
     }
     for y, name in enumerate(labels):
         rate = result["images_per_second"][name] / reference
@@ -287,7 +288,12 @@ def plot(result: dict):
     for part, share in result["share_of_step"].items():
         right.barh(0, 100 * share, left=start, height=0.5, label=part)
         start += 100 * share
-    right.set(xlabel="share of our compiled step, %", ylim=(-0.5, 1.2), yticks=[], xlim=(0, 100))
+    right.set(
+        xlabel="share of our compiled step in float32, %",
+        ylim=(-0.5, 1.2),
+        yticks=[],
+        xlim=(0, 100),
+    )
     right.legend(loc="upper center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(f"{machine_name(result['machine'])}, {result['date']}", fontsize=10)
     return figure

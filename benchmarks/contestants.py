@@ -6,6 +6,7 @@ answers each line `N` on its input with a line of JSON: the seconds that its nex
 process of its own, since the allocator's setting and the threads' behaviour belong to a process.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from torch.utils.data import Dataset
 BATCH = 128
 SMALL = 32  # as the recipes `quick`, `sprint` and `tuned` have it
 POLICY = "reference"
+# Both on the same; not on MPS, where nothing here waits for the steps to end.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def reference():
@@ -30,19 +33,16 @@ def reference():
     import cifar10
     import tiny_cifar10_net
     import training
-    from augment import albumentations_transform
 
     # The network as its author has it: no detour for dilated depthwise convolutions.
     tiny_cifar10_net.DepthwiseConv.forward = torch.nn.Conv2d.forward
     data = cifar10.load()
     stats = cifar10.channel_stats(data.train_images)
-    transform = albumentations_transform(POLICY, stats.mean, stats.std)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pictures = Pictures(data.train_images, data.train_labels, transform)
+    pictures = Pictures(data.train_images, data.train_labels, stats)
     loader = torch.utils.data.DataLoader(
         pictures, BATCH, shuffle=True, num_workers=2, drop_last=True
     )
-    model = tiny_cifar10_net.NetCIFAR10_Tiny().to(device)
+    model = tiny_cifar10_net.NetCIFAR10_Tiny().to(DEVICE)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.045, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
@@ -50,7 +50,7 @@ def reference():
     with training._float32():  # as ours
         while True:
             for images, labels in loader:
-                images, labels = images.to(device), labels.to(device)
+                images, labels = images.to(DEVICE), labels.to(DEVICE)
                 optimizer.zero_grad()
                 output = model(images)
                 loss = F.nll_loss(output, labels)
@@ -62,8 +62,14 @@ def reference():
 
 
 class Pictures(Dataset):
-    def __init__(self, images, labels, transform):
-        self.images, self.labels, self.transform = images, labels, transform
+    def __init__(self, images, labels, stats):
+        self.images, self.labels, self.stats = images, labels, stats
+
+    @functools.cached_property
+    def transform(self):  # made by whom it serves: a loader's process that is spawned isn't sent it
+        from augment import albumentations_transform
+
+        return albumentations_transform(POLICY, self.stats.mean, self.stats.std)
 
     def __len__(self):
         return len(self.labels)
@@ -80,13 +86,12 @@ def ours(batch_size=BATCH, compiled=True, threads=None, precision="float32"):
 
     if threads:
         torch.set_num_threads(threads)
-    device = training.pick_device()
     recipe = recipes.get_recipe(
         "baseline", batch_size=batch_size, precision=precision, policy=POLICY, name="bench"
     )
     problem = training._Problem(cifar10.load(), "full")
-    with tempfile.TemporaryDirectory() as folder, training._repeatable(device):
-        run = training._Run(recipe, 0, problem, device, 0, Path(folder), False, compiled)
+    with tempfile.TemporaryDirectory() as folder, training._repeatable(DEVICE):
+        run = training._Run(recipe, 0, problem, DEVICE, 0, Path(folder), False, compiled)
         run.model.train()
         epoch = 0
         while True:
@@ -145,7 +150,7 @@ CONTESTANTS = {
 
 
 def wait_for_device():
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 

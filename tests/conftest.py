@@ -10,6 +10,7 @@ import matplotlib
 import pytest
 
 import cifar10
+import sweep
 import training
 
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
@@ -20,7 +21,8 @@ def _on_the_cpu(monkeypatch):
     """Also where there is a GPU: tests compare bits, and with what is computed here on the CPU."""
     pick = training.pick_device
     auto = lambda name="auto": pick("cpu" if name == "auto" else name)  # noqa: E731
-    monkeypatch.setattr(training, "pick_device", auto)
+    for module in (training, sweep):
+        monkeypatch.setattr(module, "pick_device", auto)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +34,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def real():
     """CIFAR-10 itself, where it can be found; tests on it are skipped where it can't."""
-    root = cifar10.ROOT / os.environ.get("CIFAR10_ROOT", "data")
+    root = cifar10._data_root(None)
     if not (root / "cifar-10-batches-py").is_dir():
         pytest.skip("CIFAR-10 isn't here (CIFAR10_ROOT or ./data)")
     return cifar10.load("cifar10")

@@ -25,18 +25,6 @@ from cifar10 import DataError, channel_stats, load, split
 SHAPES_CHECKSUM = "94a898e2c093d77069150eaafd0bcd40240401698843c6074c99757f1880a1e9"
 
 
-def cifar10_available() -> bool:
-    """Whether the real data set lies where `load` looks first."""
-    return (cifar10._data_root(None) / CIFAR10.base_folder).is_dir()
-
-
-@pytest.fixture(scope="module")
-def real():
-    if not cifar10_available():
-        pytest.skip("CIFAR-10 is not here: set CIFAR10_ROOT or put it into ./data")
-    return load("cifar10")
-
-
 @pytest.fixture(scope="module")
 def shapes():
     return load("shapes")

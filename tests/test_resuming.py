@@ -1,5 +1,6 @@
 """Interrupted at any point, a run goes on to the same numbers, and nothing is ever lost."""
 
+import csv
 import errno
 import json
 import os
@@ -71,15 +72,22 @@ def epochs_done(folder):
     return len(history(folder)) if (folder / "history.csv").is_file() else 0
 
 
+def an_epoch(folder):
+    """Seconds that the last one took."""
+    with open(folder / "history.csv") as file:
+        return float(list(csv.DictReader(file))[-1]["seconds"])
+
+
 def test_killed_three_times_at_random_moments_it_ends_the_same(whole, tmp_path):
     folder, moments = tmp_path / "run", random.Random(0)
-    for after in (1, 2, 4):
-        process = start(folder)
-        deadline = time.monotonic() + 120
-        while epochs_done(folder) < after and process.poll() is None:
-            assert time.monotonic() < deadline
+    for _ in range(3):
+        process, before = start(folder), epochs_done(folder)
+        started = time.monotonic()
+        while epochs_done(folder) == before and process.poll() is None:
+            assert time.monotonic() < started + 120
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.5))
+        # Within the next epoch, however long that takes here.
+        time.sleep(moments.uniform(0, 0.5) * an_epoch(folder))
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it was to be killed, not to finish or fail"
     assert start(folder).wait() == 0
@@ -214,6 +222,26 @@ def test_a_checkpoint_of_an_earlier_version_is_left_alone(tiny, tmp_path, monkey
     with pytest.raises(RunError, match="begun by an earlier version"):
         train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
     assert contents(tmp_path / "run") == before
+
+
+def test_a_damaged_checkpoint_is_named(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    file = tmp_path / "run" / "last.pt"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+    with pytest.raises(RunError, match=r"last\.pt is damaged.*FORCE=1"):
+        train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    train(get_recipe(SMALL, epochs=1), tmp_path / "run", dataset=tiny, force=True, progress=False)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"model_type": "bert"}'])
+def test_a_config_of_something_else_is_named(tiny, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match=r"config\.json is not the config\.json of a run"):
+        train(SMALL, tmp_path, dataset=tiny, progress=False)
+    assert (tmp_path / "config.json").read_text() == content
 
 
 def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path, capsys):

@@ -98,6 +98,8 @@ def test_the_command_line_ends_with_one_sentence(tmp_path):
         (["--recipe", "quik"], "error: unknown recipe 'quik'; valid: baseline, quick"),
         (["--protocol", "test"], "error: unknown protocol 'test'; valid: val, full, test-selected"),
         (["--seed", "one"], "error: seed must be a whole number from 0"),
+        (["--dataset", "cifar"], "error: unknown dataset 'cifar'; valid: .*cifar10"),
+        (["--device", "gpu"], "error: unknown device 'gpu'; valid: auto, cpu"),
         (["--force", "no"], "error: FORCE must be 0 or 1, not 'no'"),
         (["-p", "force", "2"], "error: FORCE must be 0 or 1, not 2"),
         (["-p", "protocol", "test"], "error: unknown protocol 'test'"),
@@ -114,7 +116,7 @@ def test_what_training_would_refuse_is_refused_at_once(in_this_process, tmp_path
 
 def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder(in_this_process):
     settings = {"recipe": "quick", "protocol": "val", "seed": 1, "run_dir": ""}
-    settings |= {"dataset": "auto", "force": False}
+    settings |= {"dataset": "auto", "device": "auto", "force": False}
     folder = run_notebook._run_dir(["training"], dict(settings), {"epochs": 9, "limit": 200})
     assert folder.name == "quick-epochs=9-val-seed1"
     changes = {"epochs": None, "changes": {"optimizer": "adamw", "epochs": 9}}
@@ -122,12 +124,14 @@ def test_values_of_the_recipe_are_refused_at_once_and_name_the_folder(in_this_pr
     assert folder.name == "quick-epochs=9,optimizer=adamw-val-seed1"
     with pytest.raises(ValueError, match="epochs must be a whole number from 1"):
         run_notebook._run_dir(["training"], dict(settings), {"epochs": 0})
+    numbered = run_notebook._run_dir(["training"], settings | {"run_dir": 2024}, {})
+    assert numbered.name == "2024"  # as -p run_dir 2024 reads it
     assert run_notebook._run_dir(["tuning_CNN_CIFAR10"], settings, {}).name == "tour"
 
 
 def test_a_limit_that_takes_all_is_none(in_this_process, a_run):
     settings = {"recipe": "quick", "protocol": "val", "seed": 0, "run_dir": str(a_run)}
-    settings |= {"dataset": "shapes", "force": False}
+    settings |= {"dataset": "shapes", "device": "auto", "force": False}
     assert run_notebook._run_dir(["training"], dict(settings), {"limit": 10_000}) == a_run
     with pytest.raises(run_directory.RunError, match="limit is None there and 200 now"):
         run_notebook._run_dir(["training"], settings, {"limit": 200})

@@ -257,6 +257,15 @@ def test_files_of_another_kind_are_refused(tmp_path, raw, capsys):
     assert "must never run" not in capsys.readouterr().out
 
 
+def test_damaged_weights_are_refused_by_name(tmp_path, model):
+    torch.save(model.state_dict(), tmp_path / "best.pt")
+    whole = (tmp_path / "best.pt").read_bytes()
+    for share in (0.02, 0.3, 0.6, 0.9, 0.99):
+        (tmp_path / "best.pt").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=r"best\.pt is refused: it is damaged"):
+            load_weights(tmp_path / "best.pt", NetCIFAR10_Tiny())
+
+
 def test_weights_of_another_network_are_refused(tmp_path, model):
     torch.save(NetCIFAR10_Tiny(width=2.0).state_dict(), tmp_path / "wide.pt")
     with pytest.raises(ValueError, match="do not fit"):
@@ -365,6 +374,9 @@ def test_weights_that_were_changed_since_the_run_are_refused(run_dir):
     (run_dir / "metrics.json").write_text(json.dumps({"weights_sha256": digest}))
     load_pretrained(run_dir)
     (run_dir / "metrics.json").write_text(json.dumps({"weights_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match=r"best\.pt is refused: its checksum"):
+        load_pretrained(run_dir)
+    (run_dir / "best.pt").write_bytes(b"cut short")
     with pytest.raises(ValueError, match=r"best\.pt is refused: its checksum"):
         load_pretrained(run_dir)
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from engine import CompiledNetwork, MixedPrecision, merged
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
 from run_directory import RunError
+from sweep import train_many
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
-from training import log_probabilities, train
+from training import log_probabilities, run_folder, train
 
 # Where torch.compile can work, it must: a failure is no reason to skip.
 needs_compiler = pytest.mark.skipif(
@@ -138,6 +140,17 @@ def test_an_absent_gpu_is_refused_and_auto_goes_without(tiny, tmp_path):
     assert training.pick_device("auto").type in ("cpu", "mps")
 
 
+def test_numpys_numbers_are_numbers(tiny, tmp_path):
+    recipe = get_recipe(SMALL, epochs=np.int64(1), lr=np.float32(0.5), batch_size=np.int32(64))
+    assert (recipe.epochs, recipe.lr, recipe.batch_size) == (1, 0.5, 64)
+    (seed,) = np.arange(3, 4)
+    metrics = train(recipe, tmp_path / "r", seed=seed, dataset=tiny, progress=False)
+    assert metrics["seed"] == 3
+    assert train(recipe, tmp_path / "r", seed=3, dataset=tiny, progress=False) == metrics
+    with pytest.raises(ValueError, match="epochs must be a whole number"):
+        get_recipe(SMALL, epochs=np.float64(1.5))
+
+
 def test_the_noted_command_repeats_the_recipe(tiny):
     for recipe in (RECIPES["quick"], get_recipe("baseline", epochs=3), SMALL):
         command = training._command(recipe, 7, "val", tiny)
@@ -232,6 +245,13 @@ def lr_curve(recipe, steps_per_epoch):
 def test_a_rise_of_no_or_one_step_is_no_trouble(schedule, warmup, steps):
     curve = lr_curve(get_recipe("quick", epochs=1, schedule=schedule, warmup=warmup), steps)
     assert all(0 < lr <= 0.06 for lr in curve)
+
+
+def test_history_has_the_rate_of_each_epochs_last_step(tiny, tmp_path):
+    train(SMALL, tmp_path / "r", dataset=tiny, progress=False)  # six steps an epoch
+    rates = [row["lr"] for row in history(tmp_path / "r")]
+    assert rates == pytest.approx(lr_curve(SMALL, 6)[5::6])
+    assert rates[-1] < 1e-4 * SMALL.lr
 
 
 def test_muon_has_its_own_rate_and_the_same_schedule():
@@ -437,6 +457,20 @@ def test_a_run_goes_on_with_the_teacher_it_had(tiny, tmp_path):
     (tmp_path / "t" / "metrics.json").unlink()
     with pytest.raises(RunError, match="isn't finished"):
         train(taught, tmp_path / "new", dataset=tiny)
+
+
+def test_a_finished_run_outlives_its_teacher(tiny, tmp_path):
+    teacher = get_recipe(SMALL, epochs=1)
+    taught = get_recipe(teacher, teacher=str(tmp_path / "t"), name="taught")
+    folder = tmp_path / run_folder(taught).name
+    train(teacher, tmp_path / "t", dataset=tiny, progress=False)
+    metrics = train(taught, folder, dataset=tiny, progress=False)
+    shutil.rmtree(tmp_path / "t")
+    assert train(taught, folder, dataset=tiny, progress=False) == metrics
+    assert train_many([taught], folder=tmp_path, dataset=tiny, progress=False) == [metrics]
+    with pytest.raises(FileNotFoundError, match="no run at"):
+        train_many([taught], [0, 1], folder=tmp_path, dataset=tiny)
+    assert len(list(tmp_path.iterdir())) == 1, "the run without a teacher wasn't to begin"
 
 
 def test_a_run_from_before_a_field_goes_on(tiny, tmp_path):
@@ -675,13 +709,14 @@ def test_many_shapes_in_one_process_are_all_compiled_or_it_is_said(monkeypatch, 
     sides = set(range(16, 32))
     network = CompiledNetwork(nn.Conv2d(3, 4, 3), batch_size=2, sides=sides)
     if fails_at:
-        monkeypatch.setattr("torch._dynamo.config.recompile_limit", fails_at)
+        monkeypatch.setattr("engine.PROGRAMS", fails_at)
         with pytest.warns(UserWarning, match="goes on without"):
             outputs = {side: network(torch.ones(2, 3, side, side)) for side in sides}
     else:
         outputs = {side: network(torch.ones(2, 3, side, side)) for side in sides}
     assert len(graphs) == (fails_at or len(sides))
     assert network.sides == (set() if fails_at else sides)
+    assert torch._dynamo.config.recompile_limit == 8, "the caller's own programs keep their limit"
     for side, output in outputs.items():
         torch.testing.assert_close(output, network.model(torch.ones(2, 3, side, side)))
 
@@ -874,6 +909,12 @@ def test_the_callers_random_stream_is_left_alone(tiny, tmp_path):
     log_probabilities(model, tiny.test_images, stats, tta=True)
     assert torch.equal(torch.rand(3), expected)
     assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        train(get_recipe(SMALL, epochs=1), tmp_path / "s", dataset=tiny, progress=False)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
