@@ -22,6 +22,7 @@ from analysis.figures import (
     plot_receptive_field,
     plot_reliability,
     plot_samples,
+    plot_start,
     plot_study,
 )
 from analysis.measures import (
@@ -104,6 +105,7 @@ __all__ = [
     "plot_reliability",
     "effective_receptive_field",
     "plot_effective_receptive_field",
+    "plot_start",
     "plot_study",
     "Network",
     "published_networks",

@@ -275,6 +275,23 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
     return figure
 
 
+@_styled
+def plot_start(runs: Iterable[Run], epochs: int = 8) -> Figure:
+    """Training accuracy over the first epochs: how fast runs start; alike ones share a colour."""
+    check_at_least("epochs", epochs, 1)
+    runs = as_list(runs)
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    colours = _colour_by_kind(runs)
+    for run in runs:
+        shown = slice(min(epochs, run.epochs))
+        look = {"color": colours[_kind(run)], "marker": "o", "label": run.label}
+        axes.plot(run.history["epoch"][shown], run.history["train_acc"][shown], **look)
+    axes.set(xlabel="epoch", ylabel="training accuracy, as augmented, %")
+    axes.legend(loc="lower right")
+    axes.set_title(" and ".join(dict.fromkeys(run.data_title for run in runs)))
+    return figure
+
+
 # --------------------------------------------------------------------- of what a network gets wrong
 
 
@@ -415,17 +432,17 @@ def plot_effective_receptive_field(
 
 
 @_styled
-def plot_study(runs: Iterable[Run]) -> Figure:
-    """What each variation of a study gains or loses against its base, with the standard error.
+def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Figure:
+    """What each variation of a study gains or loses against its base, with its 95 % interval.
 
     Raises:
         ValueError: no finished base among the runs.
     """
     base, *others = groups = study_groups(runs)
     figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * max(1, len(others))))
-    for row, (points, error, clear) in enumerate(gains(groups)):
-        colour = GREY if not clear else GREEN if points > 0 else RED
-        axes.errorbar(points, row, xerr=error, fmt="o", color=colour, capsize=3)
+    for row, gain in enumerate(gains(groups)):
+        colour = GREY if not gain.clear else GREEN if gain.points > 0 else RED
+        axes.errorbar(gain.points, row, xerr=gain.interval, fmt="o", color=colour, capsize=3)
     if not others:
         axes.annotate("no variation is finished yet", (0.5, 0.5), xycoords="axes fraction")
     axes.axvline(0, color=GREY, linestyle="--")
@@ -434,10 +451,11 @@ def plot_study(runs: Iterable[Run]) -> Figure:
     axes.grid(axis="y", visible=False)
     figure.supxlabel(
         f"validation accuracy less the base's ({mean_std(settled(base))} %, n = {len(base)}), "
-        "points\nbars: one standard error; grey: not clear of 0 (t-test at 5 %)",
+        "points\nbars: 95 % intervals; green: better, red: worse, grey: within noise",
         fontsize=9,
     )
-    figure.suptitle(_wrapped(f"Variations of the base · {base[0].data_title}", figure))
+    epochs = counted(base[0].recipe["epochs"], "epoch")
+    figure.suptitle(_wrapped(f"{title} · {epochs} · {base[0].data_title}", figure))
     return figure
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.stats import t
 
+import augment
 import cifar10
 import ingredients
 from analysis.measures import checked
@@ -90,7 +91,8 @@ def load_run(folder: str | Path) -> Run:
     """Read a run directory, finished or not.
 
     Args:
-        folder: a relative one from the current folder or else from the repository's root.
+        folder: a relative one from the current folder, or else from the repository's root, or else
+            from results/.
 
     Raises:
         FileNotFoundError: the folder isn't a run directory; lists those beside it.
@@ -129,7 +131,7 @@ def find_runs(parent: str | Path) -> list[Run]:
     """All run directories directly below `parent`, sorted by name; there may be none.
 
     Args:
-        parent: a relative one from the current folder or else from the repository's root.
+        parent: a relative one as for `load_run`.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -141,7 +143,8 @@ def find_runs(parent: str | Path) -> list[Run]:
 
 
 def _found(folder: str | Path) -> Path:
-    return Path(folder) if Path(folder).is_dir() else ROOT / folder
+    places = [Path(folder), ROOT / folder, RESULTS / folder]
+    return next((place for place in places if place.is_dir()), places[1])
 
 
 def _read_json(file: Path, needed: Sequence[str]) -> dict:
@@ -302,10 +305,8 @@ def answers(run: Run, data: cifar10.Data, part: str | None = None) -> Answers:
     if part == "validation" and selects_on(run) != "validation":
         protocol = run.config["protocol"]
         raise ValueError(f"run {run.name} has no validation pictures: its protocol is {protocol}")
-    images, labels = data.test_images, data.test_labels
-    if part == "validation":
-        held_back = cifar10.split(data.train_labels)[1]
-        images, labels = data.train_images[held_back], data.train_labels[held_back]
+    test = data.test_images, data.test_labels
+    images, labels = data.validation if part == "validation" else test
     log_p = log_probabilities(load_model(run), images, run.stats).numpy()
     return Answers(log_p, images, labels, data.classes, f"{part} pictures · {run.title}")
 
@@ -347,14 +348,24 @@ def grouped(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
     for run in runs:
         if run.metrics is None:
             continue
-        # The teacher's weights as well: what a name stands for may change.
+        # The teacher's weights and the policies as well: what a name stands for may change.
         teacher = run.config.get("teacher_sha256")
-        key = (json.dumps(run.recipe, sort_keys=True), teacher, run.data_title, run.protocol)
+        how = json.dumps([run.recipe, _policies(run)], sort_keys=True)
+        key = (how, teacher, run.data_title, run.protocol)
         seeds = groups.setdefault(key, {})
         if run.config["seed"] in seeds:
             repeats.append(run.name)
         seeds.setdefault(run.config["seed"], run)
     return [list(seeds.values()) for seeds in groups.values()], repeats
+
+
+def _policies(run: Run) -> dict[str, dict]:
+    """What the names of its policies meant; an early run, which didn't note it, has today's."""
+    noted = run.config.get("policies")
+    if noted is None:
+        names = {run.recipe["policy"], *(["light"] if run.recipe["calm"] else [])}
+        noted = {n: asdict(augment.POLICIES[n]) for n in names & augment.POLICIES.keys()}
+    return {name: asdict(augment.Policy()) | policy for name, policy in noted.items()}
 
 
 def study_groups(runs: Iterable[Run]) -> list[list[Run]]:
@@ -410,7 +421,12 @@ class Gain(NamedTuple):
 
     points: float
     error: float
-    clear: bool  # of 0: a two-sided t-test at 5 %, for this variation alone
+    interval: float  # half of the 95 % interval, by Student's t, for this variation alone
+
+    @property
+    def clear(self) -> bool:
+        """Beyond noise: the interval leaves 0 out."""
+        return abs(self.points) > self.interval
 
 
 PRIOR = 10  # how many differences between seeds the count of pictures is worth, in `gains`
@@ -440,7 +456,7 @@ def gains(groups: list[list[Run]]) -> list[Gain]:
     for v in values[1:]:
         points = statistics.fmean(v) - statistics.fmean(values[0])
         error = spread * math.sqrt(1 / len(v) + 1 / len(values[0]))
-        found.append(Gain(points, error, abs(points) > t.ppf(0.975, degrees) * error))
+        found.append(Gain(points, error, float(t.ppf(0.975, degrees)) * error))
     return found
 
 

@@ -137,7 +137,7 @@ def metrics_table(run: Run, times: bool = False) -> str:
     return _table(("", "value"), rows, text_columns=2)
 
 
-def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
+def runs_table(runs: Iterable[Run], reference: bool = False, times: bool = False) -> str:
     """A row for each (recipe, data, protocol): mean and sample standard deviation over its seeds.
 
     An unfinished run has a row of its own that says how far it is, and no accuracy. A seed that
@@ -145,6 +145,7 @@ def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
 
     Args:
         reference: begin with what the published reference reports.
+        times: also say how long training took, which is another time when it is repeated.
     """
     runs = as_list(runs)
     groups, repeats = grouped(runs)
@@ -152,7 +153,9 @@ def runs_table(runs: Iterable[Run], reference: bool = False) -> str:
     rows = [_group_row([published_run()])] if reference else []
     rows += [_group_row(group) for group in groups] + [_unfinished_row(run) for run in unfinished]
     header = ("recipe", "data", "protocol", "seeds", "parameters", "epochs")
-    header += ("validation, %", "test, %", "test with flip, %", "test loss")
+    header += ("validation, %", "test, %", "test with flip, %", "test loss", "minutes")
+    if not times:
+        header, rows = header[:-1], [row[:-1] for row in rows]
     notes = ["Mean ± sample standard deviation over seeds; of two seeds both figures."]
     if repeats:
         notes.append(f"Left out, as their seed is there already: {', '.join(repeats)}.")
@@ -171,8 +174,9 @@ def study_table(runs: Iterable[Run]) -> str:
     runs = as_list(runs)
     base, *others = groups = study_groups(runs)
     rows = [("base", "", f"n = {len(base)}", mean_std(settled(base)), _mean_loss(base), "–")]
-    for group, (points, error, _) in zip(others, gains(groups), strict=True):
-        shown = f"{points:+.2f} ± {error:.2f}"
+    for group, gain in zip(others, gains(groups), strict=True):
+        shown = f"{gain.points:+.2f} ± {gain.error:.2f}"
+        shown = f"**{shown}**" if gain.clear else shown
         changes = _changes(base[0], group[0])
         accuracy, loss = mean_std(settled(group)), _mean_loss(group)
         rows.append((variation_name(group), changes, f"n = {len(group)}", accuracy, loss, shown))
@@ -181,7 +185,7 @@ def study_table(runs: Iterable[Run]) -> str:
     note = (
         f"{base[0].data_title}, {epochs} unless said otherwise. Accuracy: mean ± standard "
         "deviation over seeds (of two, both figures); loss: its mean; gain: in accuracy, ± its "
-        "standard error (`analysis.runs.gains`)."
+        "standard error (`analysis.runs.gains`), bold where beyond noise (t-test at 5 %)."
     )
     waiting = sum(run.metrics is None for run in runs)
     if waiting:
@@ -460,12 +464,19 @@ def _group_row(group: list[Run]) -> tuple:
         mean_std([m["test_acc"] for m in metrics]),
         "–" if None in flipped else mean_std(flipped),
         mean_std([m["test_loss"] for m in metrics], digits=4),
+        _minutes(metrics),
     )
+
+
+def _minutes(metrics: Sequence[dict]) -> str:
+    """How long training took, over the seeds; the published reference's doesn't say."""
+    seconds = [m["seconds_train"] for m in metrics if "seconds_train" in m]
+    return _range([round(s / 60) for s in seconds]) if seconds else "–"
 
 
 def _unfinished_row(run: Run) -> tuple:
     seed = f"seed {run.config['seed']}"
-    return (*_labels(run), seed, "–", f"unfinished: {_progress(run)}", "–", "–", "–", "–")
+    return (*_labels(run), seed, "–", f"unfinished: {_progress(run)}", *"–––––")
 
 
 def _labels(run: Run) -> tuple[str, str, str]:

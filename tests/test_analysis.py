@@ -402,7 +402,7 @@ def test_batch_check(tiny):
     assert rows[1][1:] == ["0.000"] * 3 + ["1.000"] * 3
     assert rows[2][1:] != rows[1][1:]
     assert analysis.batch_check(tiny, "reference") == analysis.batch_check(tiny, "reference")
-    with pytest.raises(ValueError, match="Unknown policy"):
+    with pytest.raises(ValueError, match="unknown policy"):
         analysis.batch_check(tiny, "refrence")
 
 
@@ -437,10 +437,10 @@ def test_a_study_is_compared_with_its_base(a_study):
     seeds = statistics.variance([40, 42]) + statistics.variance([45, 49])
     spread = math.sqrt((10 * by_the_count + seeds) / 12)
     accuracies = "47.00 (45.00, 49.00)"
-    gain = f"+6.00 ± {spread:.2f}"
+    gain = f"**+6.00 ± {spread:.2f}**"
     assert higher == ["higher rate", "`lr=0.2`", "n = 2", accuracies, "0.500", gain]
     error = spread * math.sqrt(1 + 1 / 2)
-    assert worse == ["worse", "`lr=0.05`", "n = 1", "35.00", "0.500", f"-6.00 ± {error:.2f}"]
+    assert worse == ["worse", "`lr=0.05`", "n = 1", "35.00", "0.500", f"**-6.00 ± {error:.2f}**"]
     assert "CIFAR-10, 4 epochs" in table and "left out: 1 run" in table
     with pytest.raises(ValueError, match="has one base"):
         analysis.study_table(a_study[2:])
@@ -861,6 +861,15 @@ def test_plot_effective_receptive_field(write_run, tiny):
     assert tiny.title in texts(analysis.plot_effective_receptive_field(NetCIFAR10_Tiny(), tiny, 1))
 
 
+def test_the_start_of_runs_is_drawn_as_far_as_it_goes(write_run):
+    long = with_history(write_run("long", epochs=3), train_acc=[30, 45, 60])
+    short = with_history(write_run("short", recipe="other", epochs=1), train_acc=[20])
+    figure = analysis.plot_start([long, short], epochs=2)
+    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert lines == [[[1, 30], [2, 45]], [[1, 20]]]
+    assert "CIFAR-10" in texts(figure)
+
+
 def test_accuracy_vs_cost_leaves_out_what_is_not_comparable(write_run):
     runs = [
         write_run("a", test_acc=88.0),
@@ -872,7 +881,8 @@ def test_accuracy_vs_cost_leaves_out_what_is_not_comparable(write_run):
     text = texts(analysis.plot_accuracy_vs_cost(runs))
     assert "quick · val: 88.50 (88.00, 89.00), n = 2" in text and "Left out: 3 runs" in text
     assert "99.00" not in text and "33.00" not in text and "Tiniest" in text
-    assert "(n =" not in texts(analysis.plot_accuracy_vs_cost(runs[2]))
+    alone = texts(analysis.plot_accuracy_vs_cost(runs[0]))
+    assert "quick · val: 88.00, n = 1" in alone
 
 
 def test_labels_of_points_do_not_overlap(write_run):
@@ -888,6 +898,7 @@ def test_labels_of_points_do_not_overlap(write_run):
 
 
 def test_settings_of_matplotlib_are_left_alone(write_run):
+    plt.rcdefaults()  # whatever an earlier test has left
     before = dict(plt.rcParams)
     analysis.plot_history(write_run())
     assert dict(plt.rcParams) == before
