@@ -19,7 +19,7 @@ import cifar10
 from recipes import Recipe
 from tiny_cifar10_net import DepthwiseConv
 
-__all__ = ["dirac", "distance", "loss", "optimizers", "schedule", "whiten"]
+__all__ = ["dirac", "distillation_loss", "loss", "optimizers", "schedule", "whiten"]
 
 ADAM_BETAS = (0.9, 0.99)
 
@@ -150,26 +150,30 @@ def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: 
     return ConstantLR(optimizer, factor=1)
 
 
-def loss(recipe: Recipe, log_p: Tensor, labels: Tensor, lesson: Tensor | None = None) -> Tensor:
+def loss(
+    recipe: Recipe, log_p: Tensor, labels: Tensor, teacher_log_p: Tensor | None = None
+) -> Tensor:
     """Negative log-likelihood of log-probabilities (N, classes), and what a teacher adds to it.
 
-    Label smoothing after Szegedy et al. (2016, arXiv:1512.00567). `lesson`: what a teacher says of
-    the same pictures, log-probabilities (N, classes).
+    Label smoothing after Szegedy et al. (2016, arXiv:1512.00567).
+
+    Args:
+        teacher_log_p: a teacher's log-probabilities of the same pictures, (N, classes).
     """
     smoothing, share = recipe.label_smoothing, recipe.teaching
     nll = F.nll_loss(log_p, labels)
     if smoothing:
         nll = (1 - smoothing) * nll - smoothing * log_p.mean()
-    if lesson is None:
+    if teacher_log_p is None:
         return nll
-    return (1 - share) * nll + share * distance(log_p, lesson, recipe.temperature)
+    return (1 - share) * nll + share * distillation_loss(log_p, teacher_log_p, recipe.temperature)
 
 
-def distance(log_p: Tensor, lesson: Tensor, temperature: float) -> Tensor:
-    """Of a student's log-probabilities from a teacher's, both (N, classes), both softened.
+def distillation_loss(log_p: Tensor, teacher_log_p: Tensor, temperature: float) -> Tensor:
+    """How far a student's log-probabilities are from a teacher's, both (N, classes), both softened.
 
     Kullback-Leibler divergence times temperature², so that gradients keep their size (Hinton,
     Vinyals and Dean, 2015, arXiv:1503.02531).
     """
-    student, teacher = ((x / temperature).log_softmax(dim=1) for x in (log_p, lesson))
+    student, teacher = ((x / temperature).log_softmax(dim=1) for x in (log_p, teacher_log_p))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

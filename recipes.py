@@ -37,7 +37,7 @@ class Recipe:
     weight_decay: float = 5e-4  # as sgd or adamw takes it; muon's weights shrink as fast as theirs
     decay_all: bool = True  # False: no decay on BatchNorm and biases
     decay_depthwise: float = 1.0  # share of weight_decay on depthwise filters
-    dirac: bool = False  # depthwise filters start as chance plus the identity
+    dirac: bool = False  # depthwise filters, where there are any, start as chance plus the identity
     whiten: bool = False  # first convolution starts as the pictures' principal patches
 
     schedule: str = "plateau"  # plateau, one_cycle, cosine or constant

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import importlib.metadata
 import io
 import json
 import math
@@ -281,7 +282,7 @@ class _Run:
         self.best_epoch, self.best_loss, self.best_weights = 0, math.inf, None
 
     @property
-    def answering(self) -> nn.Module:
+    def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept: the average where there is one."""
         return self.model if self.ema is None else self.ema.module
 
@@ -313,7 +314,7 @@ class _Run:
         if self.problem.selection is not None:
             self.memory.trim()
             val_loss, val_acc = evaluate(
-                self.answering, *self.problem.selection, self.problem.stats
+                self.evaluated, *self.problem.selection, self.problem.stats
             )
             self._require_finite(val_loss, f"the selection loss after epoch {epoch}")
             if self.recipe.schedule == "plateau":
@@ -321,7 +322,7 @@ class _Run:
                     schedule.step(val_loss)
         if val_loss is None or val_loss < self.best_loss - self.recipe.min_delta:
             self.best_epoch, self.best_loss = epoch, math.inf if val_loss is None else val_loss
-            self.best_weights = _cpu_copy(self.answering)
+            self.best_weights = _cpu_copy(self.evaluated)
         seconds = time.perf_counter() - started
         values = (epoch, self.lr, train_loss, train_acc, val_loss, val_acc, seconds)
         return dict(zip(HISTORY_COLUMNS, values, strict=True))
@@ -349,11 +350,11 @@ class _Run:
         return loss_sum.item() / n, 100 * hits.item() / n
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        output, lesson = self.network(images), None
+        output, teacher_log_p = self.network(images), None
         if self.teacher is not None:
             with torch.no_grad():
-                lesson = self.teacher(images)
-        loss = ingredients.loss(self.recipe, output, labels, lesson)
+                teacher_log_p = self.teacher(images)
+        loss = ingredients.loss(self.recipe, output, labels, teacher_log_p)
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         for optimizer in self.optimizers:
@@ -431,14 +432,14 @@ class _Run:
     def finish(self, config: dict) -> dict:
         """Evaluate the selected weights on test, once, and write metrics.json."""
         self.memory.trim()
-        self.answering.load_state_dict(self.best_weights)
+        self.evaluated.load_state_dict(self.best_weights)
         data, best = self.problem.data, self.history[self.best_epoch - 1]
-        log_p = log_probabilities(self.answering, self.problem.test[0], self.problem.stats)
+        log_p = log_probabilities(self.evaluated, self.problem.test[0], self.problem.stats)
         log_p_tta = log_probabilities(
-            self.answering, self.problem.test[0], self.problem.stats, tta=True
+            self.evaluated, self.problem.test[0], self.problem.stats, tta=True
         )
         labels = self.problem.test[1]
-        costs = layer_costs(self.answering)
+        costs = layer_costs(self.evaluated)
         seconds = sum(row["seconds"] for row in self.history)
         metrics = {
             "name": self.run_dir.name,
@@ -533,7 +534,7 @@ def log_probabilities(
         raise ValueError("there are no pictures to evaluate: give one or more")
     device = next(model.parameters()).device
     plain = augment.Batched(augment.get_policy("none"), stats.mean, stats.std).to(device)
-    answers = None
+    all_log_p = None
     no_draws = torch.zeros(batch_size, plain.DRAWS, device=device)  # nothing here is random
     with torch.inference_mode(), _float32(), eval_mode(model):
         for start in range(0, len(images), batch_size):
@@ -542,12 +543,12 @@ def log_probabilities(
             log_p = model(batch)
             if tta:
                 log_p = torch.logaddexp(log_p, model(batch.flip(3))) - math.log(2)
-            if answers is None:
+            if all_log_p is None:
                 # One tensor for all: many small ones would stay between the large buffers, which
                 # then couldn't be used again, and cost 0.3 GB.
-                answers = torch.empty(len(images), log_p.shape[1])
-            answers[start : start + len(batch)] = log_p
-    return answers.clone()  # a plain tensor, not one of inference mode
+                all_log_p = torch.empty(len(images), log_p.shape[1])
+            all_log_p[start : start + len(batch)] = log_p
+    return all_log_p.clone()  # a plain tensor, not one of inference mode
 
 
 def evaluate(
@@ -617,6 +618,7 @@ def _config(recipe, seed, protocol, data, problem, device, compile) -> dict:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "libraries": _libraries(recipe),
         "compile": compile,
         "git_commit": _git_commit(),
         "command": _command(recipe, seed, protocol, data),
@@ -624,7 +626,31 @@ def _config(recipe, seed, protocol, data, problem, device, compile) -> dict:
 
 
 # What changes the digits, beside the run's identity; on a GPU `device` names it.
-_CONDITIONS = ("threads", "instructions", "device", "torch", "numpy", "compile", "git_commit")
+_CONDITIONS = (
+    "threads",
+    "instructions",
+    "device",
+    "torch",
+    "numpy",
+    "libraries",
+    "compile",
+    "git_commit",
+)
+
+
+def _libraries(recipe: Recipe) -> dict[str, str | None]:
+    """Versions of what augments beside torch; None where it was installed under another name."""
+    builds = {
+        "albumentations": ("albumentations", "opencv-python-headless"),
+        "torchvision": ("torchvision",),
+    }
+    versions = {}
+    for name in builds.get(recipe.build, ()):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def _warn_if_elsewhere(begun: dict, now: dict) -> None:

@@ -16,6 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from torch import nn
@@ -31,7 +32,7 @@ from analysis.measures import (
     share_within,
 )
 from analysis.runs import (
-    Answers,
+    Predictions,
     Run,
     as_list,
     comparable,
@@ -41,8 +42,8 @@ from analysis.runs import (
     load_model,
     published_networks,
     selects_on,
-    settled,
     study_groups,
+    val_accuracies,
     variation_name,
 )
 from analysis.tables import mean_std
@@ -296,10 +297,10 @@ def plot_start(runs: Iterable[Run], epochs: int = 8) -> Figure:
 
 
 @_styled
-def plot_confusion(answers: Answers) -> Figure:
+def plot_confusion(predictions: Predictions) -> Figure:
     """The confusion matrix: counts in the cells, mistakes coloured by their share of the class."""
-    classes = answers.classes
-    counts = confusion_matrix(answers.labels, answers.predicted, len(classes))
+    classes = predictions.classes
+    counts = confusion_matrix(predictions.labels, predictions.predicted, len(classes))
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = plt.subplots(figsize=(7.5, 6.4))
     mistakes = np.ma.masked_where(np.eye(len(classes), dtype=bool), shares)
@@ -314,15 +315,15 @@ def plot_confusion(answers: Answers) -> Figure:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.colorbar(picture, label="mistakes, share of the true class, %", shrink=0.8)
-    figure.suptitle(_wrapped(f"Confusion matrix · {answers.title}", figure))
+    figure.suptitle(_wrapped(f"Confusion matrix · {predictions.title}", figure))
     return figure
 
 
 @_styled
-def plot_per_class(answers: Answers) -> Figure:
+def plot_per_class(predictions: Predictions) -> Figure:
     """Accuracy class by class, best first, with its 95 % interval, beside the whole."""
-    classes = answers.classes
-    counts = confusion_matrix(answers.labels, answers.predicted, len(classes))
+    classes = predictions.classes
+    counts = confusion_matrix(predictions.labels, predictions.predicted, len(classes))
     accuracy = 100 * counts.diagonal() / np.maximum(counts.sum(axis=1), 1)
     overall = 100 * counts.trace() / counts.sum()
     order = np.argsort(-accuracy, kind="stable")
@@ -339,16 +340,16 @@ def plot_per_class(answers: Answers) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 108)
     axes.set_xlabel(f"accuracy, % (dashed: all classes, {overall:.2f} %; whiskers: 95 % interval)")
-    figure.suptitle(_wrapped(f"Accuracy by class · {answers.title}", figure))
+    figure.suptitle(_wrapped(f"Accuracy by class · {predictions.title}", figure))
     return figure
 
 
 @_styled
-def plot_mistakes(answers: Answers, n: int = 16) -> Figure:
+def plot_mistakes(predictions: Predictions, n: int = 16) -> Figure:
     """The `n` pictures that the network gets wrong and is surest of, surest first."""
     check_at_least("n", n, 1)
-    labels, predicted, classes = answers.labels, answers.predicted, answers.classes
-    confidence = np.exp(answers.log_p.max(axis=1))
+    labels, predicted, classes = predictions.labels, predictions.predicted, predictions.classes
+    confidence = np.exp(predictions.log_p.max(axis=1))
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:n]
     columns = min(8, max(4, len(worst)))
@@ -357,21 +358,22 @@ def plot_mistakes(answers: Answers, n: int = 16) -> Figure:
     for axes in all_axes.flat:
         axes.axis("off")
     for axes, i in zip(all_axes.flat, worst, strict=False):
-        axes.imshow(answers.images[i])
+        axes.imshow(predictions.images[i])
         true, taken = classes[labels[i]], classes[predicted[i]]
         axes.set_title(f"{true}\n→ {taken}\n{100 * confidence[i]:.1f} %", fontsize=9)
     what = f"{len(worst)} surest of {counted(len(wrong), 'mistake')}: true → predicted, probability"
-    figure.suptitle(_wrapped(f"{what if len(wrong) else 'No mistake'} · {answers.title}", figure))
+    what = what if len(wrong) else "No mistake"
+    figure.suptitle(_wrapped(f"{what} · {predictions.title}", figure))
     return figure
 
 
 @_styled
-def plot_reliability(answers: Answers, bins: int = 15) -> Figure:
+def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
     """Reliability diagram: accuracy by confidence, how many predictions lie there, and the ECE.
 
     For the bins and the source see `calibration`.
     """
-    rows, ece = calibration(answers.log_p, answers.labels, bins)
+    rows, ece = calibration(predictions.log_p, predictions.labels, bins)
     filled = [row for row in rows if row.count]
     centres, width = [(row.low + row.high) / 2 for row in filled], 0.94 / bins
     sizes = {"height_ratios": (3, 1)}
@@ -391,7 +393,7 @@ def plot_reliability(answers: Answers, bins: int = 15) -> Figure:
     bottom.bar(centres, [row.count for row in filled], width, color=GREY)
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="predictions")
     bottom.set_yscale("log")  # nearly all of them are in the last bin
-    figure.suptitle(_wrapped(f"Reliability · {answers.title}", figure))
+    figure.suptitle(_wrapped(f"Reliability · {predictions.title}", figure))
     return figure
 
 
@@ -449,9 +451,10 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     axes.set_yticks(range(len(others)), [f"{variation_name(g)}, n = {len(g)}" for g in others])
     axes.set_ylim(max(1, len(others)) - 0.5, -0.5)  # the best on top
     axes.grid(axis="y", visible=False)
+    accuracy = f"{mean_std(val_accuracies(base))} %, n = {len(base)}"
     figure.supxlabel(
-        f"validation accuracy less the base's ({mean_std(settled(base))} %, n = {len(base)}), "
-        "points\nbars: 95 % intervals; green: better, red: worse, grey: within noise",
+        f"validation accuracy less the base's ({accuracy}), points\n"
+        "bars: 95 % intervals; green: better, red: worse, grey: within noise",
         fontsize=9,
     )
     epochs = counted(base[0].recipe["epochs"], "epoch")
@@ -480,7 +483,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     points = [(getattr(p, cost), p.accuracy, p.network, GREY) for p in others if getattr(p, cost)]
     axes.scatter(*zip(*[point[:2] for point in points], strict=True), s=24, color=GREY)
     # A ring, so that none of our runs of the same network hides it.
-    ring = {"s": 110, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
+    ring = {"s": 150, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
     axes.scatter(getattr(reference, cost), reference.accuracy, **ring)
     colours = _colour_by_kind(runs)
     for group in groups:
@@ -728,7 +731,8 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -
         look = {"fontsize": 9, "color": "#555555" if colour == GREY else BLACK}
         for place in _PLACES:
             note = axes.annotate(name, (x, y), textcoords="offset points", **place, **look)
-            box = note.get_window_extent()
+            note.get_window_extent()  # puts the text in its place
+            box = Text.get_window_extent(note)  # the text's, without a line to the point
             inside = frame.x0 < box.x0 and box.x1 < frame.x1
             if inside and not any(box.overlaps(other) for other in taken):
                 break
@@ -737,14 +741,16 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -
         taken.append(box)
 
 
-# Beside a point, above and below it, and further up and down on its right.
+# Beside a point, above and below it, and further up and down on its right, at the end of a line.
+_LEADER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+_LEADER["relpos"] = (0, 0.5)  # from the text's left end
 _PLACES = [
     {"xytext": (8, 0), "ha": "left", "va": "center"},
     {"xytext": (-8, 0), "ha": "right", "va": "center"},
-    {"xytext": (0, 7), "ha": "center", "va": "bottom"},
-    {"xytext": (0, -7), "ha": "center", "va": "top"},
+    {"xytext": (0, 8), "ha": "center", "va": "bottom"},
+    {"xytext": (0, -8), "ha": "center", "va": "top"},
 ] + [
-    {"xytext": (8, sign * dy), "ha": "left", "va": "center"}
+    {"xytext": (12, sign * dy), "ha": "left", "va": "center", "arrowprops": _LEADER}
     for dy in range(10, 60, 5)
     for sign in (1, -1)
 ]

@@ -251,7 +251,7 @@ def load_model(run: Run) -> NetCIFAR10_Tiny:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What a network says of some pictures, and what is true of them.
 
     Attributes:
@@ -259,7 +259,7 @@ class Answers:
         images: uint8 (N, 32, 32, 3).
         labels: integers (N,).
         classes: names, by label.
-        title: whose answers these are, and to which pictures; every figure made of them says so.
+        title: whose predictions they are, of which pictures; every figure made of them says so.
 
     Raises:
         ValueError: log_p, images and labels that don't belong together.
@@ -282,7 +282,7 @@ class Answers:
         return self.log_p.argmax(axis=1)
 
 
-def answers(run: Run, data: cifar10.Data, part: str | None = None) -> Answers:
+def predictions(run: Run, data: cifar10.Data, part: str | None = None) -> Predictions:
     """What the network of a run says of the test or the validation pictures.
 
     Args:
@@ -308,7 +308,7 @@ def answers(run: Run, data: cifar10.Data, part: str | None = None) -> Answers:
     test = data.test_images, data.test_labels
     images, labels = data.validation if part == "validation" else test
     log_p = log_probabilities(load_model(run), images, run.stats).numpy()
-    return Answers(log_p, images, labels, data.classes, f"{part} pictures · {run.title}")
+    return Predictions(log_p, images, labels, data.classes, f"{part} pictures · {run.title}")
 
 
 def require_its_data(run: Run, data: cifar10.Data) -> None:
@@ -387,7 +387,7 @@ def study_groups(runs: Iterable[Run]) -> list[list[Run]]:
             "first, with make sweep STUDY=..., and pass the runs of one study"
         )
     others = [group for group in groups if group is not base[0]]
-    return [*base, *sorted(others, key=lambda g: -statistics.fmean(settled(g)))]
+    return [*base, *sorted(others, key=lambda g: -statistics.fmean(val_accuracies(g)))]
 
 
 def published_study(name: str) -> list[Run]:
@@ -411,7 +411,7 @@ def variation_name(group: list[Run]) -> str:
     return group[0].config["recipe"]["name"].replace("_", " ")
 
 
-def settled(group: list[Run]) -> list[float]:
+def val_accuracies(group: list[Run]) -> list[float]:
     """The accuracies by which a study decides: on validation, never on test."""
     return [run.metrics["val_acc"] for run in group]
 
@@ -446,7 +446,7 @@ def gains(groups: list[list[Run]]) -> list[Gain]:
 
     and the standard error is s root(1/n_i + 1/n_base).
     """
-    values = [settled(group) for group in groups]
+    values = [val_accuracies(group) for group in groups]
     p = statistics.fmean(values[0]) / 100
     prior = 100**2 * p * (1 - p) / (2 * groups[0][0].config["split"]["selection"])
     squares = sum((len(v) - 1) * statistics.variance(v) for v in values if len(v) > 1)

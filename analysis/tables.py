@@ -19,7 +19,7 @@ from analysis.measures import (
     normalised_moments,
 )
 from analysis.runs import (
-    Answers,
+    Predictions,
     Run,
     as_list,
     counted,
@@ -29,8 +29,8 @@ from analysis.runs import (
     published_run,
     require_its_data,
     selects_on,
-    settled,
     study_groups,
+    val_accuracies,
     variation_name,
 )
 from recipes import Recipe
@@ -173,12 +173,12 @@ def study_table(runs: Iterable[Run]) -> str:
     """
     runs = as_list(runs)
     base, *others = groups = study_groups(runs)
-    rows = [("base", "", f"n = {len(base)}", mean_std(settled(base)), _mean_loss(base), "–")]
+    rows = [("base", "", f"n = {len(base)}", mean_std(val_accuracies(base)), _mean_loss(base), "–")]
     for group, gain in zip(others, gains(groups), strict=True):
         shown = f"{gain.points:+.2f} ± {gain.error:.2f}"
         shown = f"**{shown}**" if gain.clear else shown
         changes = _changes(base[0], group[0])
-        accuracy, loss = mean_std(settled(group)), _mean_loss(group)
+        accuracy, loss = mean_std(val_accuracies(group)), _mean_loss(group)
         rows.append((variation_name(group), changes, f"n = {len(group)}", accuracy, loss, shown))
     header = ("variation", "what changes", "seeds", "validation, %", "loss", "gain over base")
     epochs = counted(base[0].config["recipe"]["epochs"], "epoch")
@@ -321,11 +321,11 @@ def fit_table(run: Run, data: cifar10.Data) -> str:
     return f"{_table(('pictures', 'how many', 'accuracy', 'loss'), rows)}\n{gap}\n"
 
 
-def confusion_table(answers: Answers, top: int = 6) -> str:
+def confusion_table(predictions: Predictions, top: int = 6) -> str:
     """The `top` pairs of classes that are mistaken for one another most often, both ways."""
     check_at_least("top", top, 1)
-    classes = answers.classes
-    counts = confusion_matrix(answers.labels, answers.predicted, len(classes))
+    classes = predictions.classes
+    counts = confusion_matrix(predictions.labels, predictions.predicted, len(classes))
     mistakes = counts.sum() - counts.trace()
     both = np.triu(counts + counts.T, k=1)
     order = np.argsort(-both, axis=None, kind="stable")[:top]

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import nn
 
 import analysis
 import cifar10
 from analysis.measures import augmented
-from analysis.runs import Answers, gains
+from analysis.runs import Predictions, gains
 from recipes import RECIPES
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from training import evaluate
@@ -88,7 +89,7 @@ def write_run(tmp_path):
     return write
 
 
-def predictions(n=200, seed=0, sharpness=2.0):
+def random_predictions(n=200, seed=0, sharpness=2.0):
     """Log-probabilities (n, 10) that are right more often than not, and their labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(10, size=n)
@@ -97,9 +98,9 @@ def predictions(n=200, seed=0, sharpness=2.0):
     return torch.from_numpy(logits).log_softmax(1).numpy(), labels
 
 
-def answers_of(log_p, labels, classes=cifar10.CLASSES):
+def predictions_of(log_p, labels, classes=cifar10.CLASSES):
     images = np.zeros((len(labels), 32, 32, 3), np.uint8)
-    return Answers(log_p, images, labels, classes, "test pictures · my run")
+    return Predictions(log_p, images, labels, classes, "test pictures · my run")
 
 
 def rows_of(markdown):
@@ -193,14 +194,14 @@ def test_damaged_files_are_named(write_run, file, content, message):
     assert file in str(caught.value)
 
 
-def test_answers_of_a_run(write_run, tiny):
+def test_predictions_of_a_run(write_run, tiny):
     run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum)
-    answers = analysis.answers(run, tiny, "test")
-    log_p = answers.log_p
+    predictions = analysis.predictions(run, tiny, "test")
+    log_p = predictions.log_p
     assert log_p.shape == (40, 10) and log_p.dtype == np.float32
-    assert answers.title == f"test pictures · {run.title}"
-    assert (answers.images is tiny.test_images) and (answers.labels is tiny.test_labels)
-    assert (answers.predicted == log_p.argmax(axis=1)).all()
+    assert predictions.title == f"test pictures · {run.title}"
+    assert (predictions.images is tiny.test_images) and (predictions.labels is tiny.test_labels)
+    assert (predictions.predicted == log_p.argmax(axis=1)).all()
     model = analysis.load_model(run)
     assert not model.training
     pixels = torch.from_numpy(tiny.test_images).permute(0, 3, 1, 2) / 255
@@ -211,39 +212,39 @@ def test_answers_of_a_run(write_run, tiny):
 
 def test_other_data_than_the_runs_is_refused(write_run, tiny):
     with pytest.raises(ValueError, match=r"CIFAR-10 .*not on shapes .*load_data"):
-        analysis.answers(write_run(), tiny)
+        analysis.predictions(write_run(), tiny)
 
 
 def test_answers_on_validation(write_run, tiny):
     how = {"dataset": "shapes", "limit": 200, "checksum": tiny.checksum}
     run = write_run(**how)
-    on_validation = analysis.answers(run, tiny, "validation")
+    on_validation = analysis.predictions(run, tiny, "validation")
     held_back = cifar10.split(tiny.train_labels)[1]
     np.testing.assert_array_equal(on_validation.images, tiny.train_images[held_back])
     np.testing.assert_array_equal(on_validation.labels, tiny.train_labels[held_back])
     assert on_validation.title.startswith("validation pictures · quick · val")
-    assert analysis.answers(run, tiny).title == on_validation.title  # finished or not
+    assert analysis.predictions(run, tiny).title == on_validation.title  # finished or not
     alike = evaluate(
         analysis.load_model(run), on_validation.images, on_validation.labels, run.stats
     )
     right = on_validation.predicted == on_validation.labels
     assert alike[1] == pytest.approx(100 * right.mean())
     with pytest.raises(ValueError, match="no validation pictures: its protocol is full"):
-        analysis.answers(write_run("b", protocol="full", **how), tiny, "validation")
+        analysis.predictions(write_run("b", protocol="full", **how), tiny, "validation")
     with pytest.raises(ValueError, match="part must be test, validation or None"):
-        analysis.answers(run, tiny, "train")
+        analysis.predictions(run, tiny, "train")
 
 
 def test_the_test_set_is_left_alone_until_a_run_is_finished(write_run, tiny):
     how = {"dataset": "shapes", "limit": 200, "checksum": tiny.checksum, "finished": False}
     run = write_run(**how)
-    assert analysis.answers(run, tiny).title.startswith("validation")
+    assert analysis.predictions(run, tiny).title.startswith("validation")
     with pytest.raises(ValueError, match="isn't finished, and the test set is used once"):
-        analysis.answers(run, tiny, "test")
+        analysis.predictions(run, tiny, "test")
     with pytest.raises(ValueError, match="isn't finished"):
-        analysis.answers(write_run("b", protocol="full", **how), tiny)
+        analysis.predictions(write_run("b", protocol="full", **how), tiny)
     chosen_on_it = write_run("c", protocol="test-selected", **how)
-    assert analysis.answers(chosen_on_it, tiny).title.startswith("test")
+    assert analysis.predictions(chosen_on_it, tiny).title.startswith("test")
 
 
 def test_load_data_is_what_the_run_was_trained_on(write_run, tiny):
@@ -600,10 +601,10 @@ def test_confused_pairs_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2, 2])
     predicted = np.array([1, 1, 0, 0, 1, 0, 2])  # 0 and 1: twice and once; 2 for 0: once
     log_p = np.log(np.eye(3)[predicted] * 0.9 + 0.05)
-    answers = answers_of(log_p, labels, ("x", "y", "z"))
-    rows = rows_of(analysis.confusion_table(answers))
+    predictions = predictions_of(log_p, labels, ("x", "y", "z"))
+    rows = rows_of(analysis.confusion_table(predictions))
     assert rows[1:] == [["x, y", "2", "1", "75.0 %"], ["x, z", "0", "1", "25.0 %"]]
-    assert len(rows_of(analysis.confusion_table(answers, top=1))) == 2
+    assert len(rows_of(analysis.confusion_table(predictions, top=1))) == 2
 
 
 def test_confusion_matrix_by_hand():
@@ -633,7 +634,7 @@ def test_calibration_by_hand():
 
 
 def test_calibration_against_a_plain_loop():
-    log_p, labels = predictions(500)
+    log_p, labels = random_predictions(500)
     expected = 0.0
     for b in range(15):
         hits, sure = [], []
@@ -660,7 +661,7 @@ def test_calibration_refuses():
     with pytest.raises(ValueError, match="labels"):
         analysis.calibration(np.zeros((2, 10)), np.zeros(3, dtype=int))
     with pytest.raises(ValueError, match="bins"):
-        analysis.calibration(*predictions(5), bins=0)
+        analysis.calibration(*random_predictions(5), bins=0)
 
 
 class Chain(nn.Module):
@@ -814,24 +815,24 @@ def test_plot_history_shows_where_the_pictures_grow(write_run):
 
 
 def test_figures_of_answers_say_whose_they_are():
-    answers = answers_of(*predictions(40))
+    predictions = predictions_of(*random_predictions(40))
     for figure in (
-        analysis.plot_confusion(answers),
-        analysis.plot_per_class(answers),
-        analysis.plot_reliability(answers),
-        analysis.plot_mistakes(answers, n=5),
+        analysis.plot_confusion(predictions),
+        analysis.plot_per_class(predictions),
+        analysis.plot_reliability(predictions),
+        analysis.plot_mistakes(predictions, n=5),
     ):
-        assert answers.title in texts(figure)
+        assert predictions.title in texts(figure)
     with pytest.raises(ValueError, match="log_p must be"):
-        replace(answers, labels=answers.labels[:3])
+        replace(predictions, labels=predictions.labels[:3])
     with pytest.raises(ValueError, match="3 images, but 40 labels"):
-        replace(answers, images=answers.images[:3])
+        replace(predictions, images=predictions.images[:3])
 
 
 def test_confusion_figure_shows_the_counts():
     log_p = np.log([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]])
-    answers = answers_of(log_p, np.array([0, 0, 1, 1]), ("x", "y"))
-    axes = analysis.plot_confusion(answers).axes[0]
+    predictions = predictions_of(log_p, np.array([0, 0, 1, 1]), ("x", "y"))
+    axes = analysis.plot_confusion(predictions).axes[0]
     assert [t.get_text() for t in axes.texts] == ["2", "1", "1"]
     assert axes.images[0].get_array().tolist() == [[None, 0], [50, None]]  # mistakes alone
 
@@ -843,15 +844,15 @@ def test_mistakes_are_the_surest_and_wrong(tiny):
     for i, p in ((3, 0.7), (5, 0.9)):
         log_p[i] = np.log((1 - p) / 9)
         log_p[i, (labels[i] + 1) % 10] = np.log(p)
-    answers = Answers(log_p, tiny.test_images, labels, tiny.classes, "t")
-    figure = analysis.plot_mistakes(answers)
+    predictions = Predictions(log_p, tiny.test_images, labels, tiny.classes, "t")
+    figure = analysis.plot_mistakes(predictions)
     titles = [axes.get_title().split("\n") for axes in figure.axes if axes.get_title()]
     for (true, taken, sure), (i, p) in zip(titles, ((5, "90.0 %"), (3, "70.0 %")), strict=True):
         assert (true, sure) == (tiny.classes[labels[i]], p)
         assert taken == f"→ {tiny.classes[(labels[i] + 1) % 10]}"
     log_p[[3, 5]] = 0.0
     log_p[[3, 5], labels[[3, 5]]] = 1.0
-    assert "No mistake" in texts(analysis.plot_mistakes(answers))
+    assert "No mistake" in texts(analysis.plot_mistakes(predictions))
 
 
 def test_plot_effective_receptive_field(write_run, tiny):
@@ -892,7 +893,7 @@ def test_labels_of_points_do_not_overlap(write_run):
     ]
     figure = analysis.plot_accuracy_vs_cost(runs)
     figure.canvas.draw()
-    boxes = [t.get_window_extent() for t in figure.axes[0].texts]
+    boxes = [Text.get_window_extent(t) for t in figure.axes[0].texts]
     assert len(boxes) == 16
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 

@@ -419,12 +419,12 @@ def test_the_last_epochs_may_be_calmer(tiny, monkeypatch, build):
     torch.testing.assert_close(pictures_by_index(calming, 3), plain, atol=1e-4, rtol=0)
 
 
-def test_distance_from_a_teacher_is_zero_at_its_own_answer_and_hintons_elsewhere():
-    logits, lesson = torch.randn(2, 5, 10).unbind(0)
-    distance = ingredients.distance(logits.log_softmax(1), lesson.log_softmax(1), 4.0)
-    p, q = (lesson / 4).softmax(1), (logits / 4).softmax(1)
-    torch.testing.assert_close(distance, 16 * (p * (p / q).log()).sum(1).mean())
-    assert ingredients.distance(lesson, lesson.log_softmax(1), 4.0).abs() < 1e-5
+def test_distillation_loss_is_zero_at_the_teachers_own_answer_and_hintons_elsewhere():
+    logits, taught = torch.randn(2, 5, 10).unbind(0)
+    loss = ingredients.distillation_loss(logits.log_softmax(1), taught.log_softmax(1), 4.0)
+    p, q = (taught / 4).softmax(1), (logits / 4).softmax(1)
+    torch.testing.assert_close(loss, 16 * (p * (p / q).log()).sum(1).mean())
+    assert ingredients.distillation_loss(taught, taught.log_softmax(1), 4.0).abs() < 1e-5
 
 
 def test_a_student_learns_what_its_teacher_says(tiny, tmp_path):
@@ -438,9 +438,9 @@ def test_a_student_learns_what_its_teacher_says(tiny, tmp_path):
     for name, recipe in (("alone", alone), ("taught", taught)):
         train(recipe, tmp_path / name, dataset=tiny, progress=False)
         says[name] = log_probabilities(load_pretrained(tmp_path / name), pictures, stats)
-    lesson = log_probabilities(load_pretrained(tmp_path / "teacher"), pictures, stats)
-    distance = {name: ingredients.distance(log_p, lesson, 1.0) for name, log_p in says.items()}
-    assert distance["taught"] < distance["alone"]
+    teacher_log_p = log_probabilities(load_pretrained(tmp_path / "teacher"), pictures, stats)
+    loss = {n: ingredients.distillation_loss(says[n], teacher_log_p, 1.0) for n in says}
+    assert loss["taught"] < loss["alone"]
 
 
 def test_a_run_goes_on_with_the_teacher_it_had(tiny, tmp_path):
@@ -965,5 +965,7 @@ def test_every_build_trains_alike(tmp_path):
         )
         train(recipe, tmp_path / build, dataset=data, progress=False)
         loss[build] = history(tmp_path / build)[-1]["train_loss"]
+        config = json.loads((tmp_path / build / "config.json").read_text())
+        assert (build in config["libraries"]) == (build != "batched"), "what made its images"
     assert max(loss.values()) < math.log(10) - 0.08, f"more than guessing was learned: {loss}"
     assert max(loss.values()) - min(loss.values()) < 0.12, loss
