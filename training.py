@@ -159,8 +159,8 @@ def train(
             f"the number of training images; got {recipe.batch_size}"
         )
     who = identity(recipe, seed, protocol, data)
-    kept = is_finished(run_dir) and not force
-    teacher = None if kept else teachers_run(recipe, protocol, data)
+    if force or not is_finished(run_dir):
+        teachers_run(recipe, protocol, data)  # what is refused leaves no folder behind
     with locked(run_dir), _repeatable(device):
         if not force:
             refuse_another_run(run_dir, who, DEFAULTS)
@@ -169,7 +169,8 @@ def train(
                     print("This run is finished, and kept: FORCE=1 (force=True) trains it anew.")
                 return json.loads((run_dir / "metrics.json").read_text())
         # Before anything is replaced: what can't be had, a library or memory, shows here.
-        teacher = teacher and fuse(load_pretrained(teacher))
+        folder = teachers_run(recipe, protocol, data)
+        teacher = folder and fuse(load_pretrained(folder))
         config = _config(recipe, seed, protocol, data, problem, device, compile)
         run = _Run(recipe, seed, problem, device, workers, run_dir, progress, compile, teacher)
         begun = begin(run_dir, config, who, DEFAULTS, force)
