@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from torch import nn
 
 import analysis
+import augment
 import cifar10
 from analysis.measures import augmented
 from analysis.runs import Predictions, gains
@@ -127,6 +128,11 @@ def test_load_run(write_run):
     assert run.history["val_acc"].tolist() == [10.0, 20.0, 30.0]
     assert run.history["lr"].dtype == np.float64
     assert run.metrics["test_acc"] == 70.0
+
+
+def test_a_published_run_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert analysis.load_run("tuned-seed0").folder == analysis.runs.RESULTS / "tuned-seed0"
 
 
 def test_empty_fields_are_nan(write_run):
@@ -291,6 +297,15 @@ def test_unlike_runs_are_not_pooled(write_run):
     assert rows[1][2] == "test-selected: epoch chosen on test"
     assert rows[1][6] == "–", "an accuracy on test must not stand under validation"
     assert "NOT CIFAR-10" in rows[2][1]
+
+
+def test_runs_under_another_meaning_of_a_policys_name_are_not_pooled(write_run):
+    noted = asdict(augment.POLICIES["reference"])  # the policy of these runs
+    runs = [write_run(name, seed=seed) for seed, name in enumerate("abc")]
+    runs[1].config["policies"] = {"reference": noted}  # as an early run, which noted none, had it
+    runs[2].config["policies"] = {"reference": noted | {"rotate": 45.0}}
+    rows = rows_of(analysis.runs_table(runs))[1:]
+    assert [row[3] for row in rows] == ["n = 2", "n = 1"]
 
 
 def test_an_unfinished_run_is_never_quoted(write_run):
