@@ -278,6 +278,7 @@ class _Run:
         if recipe.ema is not None:
             average = get_ema_multi_avg_fn(recipe.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.lr = recipe.lr  # of the last step
         self.memory = Memory()
         self.history: list[dict] = []
         self.best_epoch, self.best_loss, self.best_weights = 0, math.inf, None
@@ -360,7 +361,7 @@ class _Run:
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
-        self.lr = self.optimizers[0].param_groups[0]["lr"]  # of the step just made
+        self.lr = self.optimizers[0].param_groups[0]["lr"]
         if self.recipe.schedule != "plateau":
             for schedule in self.schedules:
                 schedule.step()
@@ -403,8 +404,8 @@ class _Run:
             state = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # of a dozen kinds, as the damage has it
             raise RunError(
-                f"{file} is damaged, so this run can't go on: copy it back, or FORCE=1 "
-                "(force=True) begins anew"
+                f"{file} is damaged, so this run can't go on from it: put a whole copy there, or "
+                "remove it, and the same command begins anew"
             ) from error
         if "optimizers" not in state:
             raise RunError(

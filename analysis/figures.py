@@ -742,8 +742,14 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -
 
 
 # Beside a point, above and below it, and further up and down on its right, at the end of a line.
-_LEADER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-_LEADER["relpos"] = (0, 0.5)  # from the text's left end
+_LEADER = {
+    "arrowstyle": "-",
+    "color": GREY,
+    "linewidth": 0.6,
+    "relpos": (0, 0.5),  # from the text's left end
+    "shrinkA": 0,
+    "shrinkB": 3,
+}
 _PLACES = [
     {"xytext": (8, 0), "ha": "left", "va": "center"},
     {"xytext": (-8, 0), "ha": "right", "va": "center"},

@@ -224,16 +224,20 @@ def test_a_checkpoint_of_an_earlier_version_is_left_alone(tiny, tmp_path, monkey
     assert contents(tmp_path / "run") == before
 
 
-def test_a_damaged_checkpoint_is_named(tiny, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_gone_the_run_begins_anew(
+    tiny, whole, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         stop_at(patch, 8, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
     file = tmp_path / "run" / "last.pt"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
-    with pytest.raises(RunError, match=r"last\.pt is damaged.*FORCE=1"):
+    with pytest.raises(RunError, match=r"last\.pt is damaged.*remove it"):
         train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
-    train(get_recipe(SMALL, epochs=1), tmp_path / "run", dataset=tiny, force=True, progress=False)
+    file.unlink()
+    train(SIX_EPOCHS, tmp_path / "run", dataset=tiny, progress=False)
+    assert_same_outcome(whole, tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"model_type": "bert"}'])
