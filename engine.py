@@ -51,7 +51,7 @@ class CompiledNetwork:
         # It warns of a CUDA toolkit without a GPU, which is of no concern here.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         on_cpu = next(model.parameters()).device.type == "cpu"
-        fast = merged(model) if on_cpu and isinstance(model, NetCIFAR10_Tiny) else model
+        fast = merged(model) if on_cpu and _norms_before_relus(model) else model
         self.plain = model
         if precision != torch.float32:
             self.plain = MixedPrecision(model, precision)
@@ -98,6 +98,14 @@ def _reason(error: Exception) -> str:
         return "it can't from an environment whose path has a space in it"
     lines = [line.strip() for line in str(error).splitlines() if "rror" in line or "No " in line]
     return lines[0] if lines else type(error).__name__
+
+
+def _norms_before_relus(model: nn.Module) -> bool:
+    """Whether each BatchNorm is followed by a ReLU, as far as their order in the network tells."""
+    kinds = [type(m) for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.ReLU, nn.SiLU))]
+    if isinstance(model, NetCIFAR10_Tiny):
+        return True
+    return kinds[::2] == [nn.BatchNorm2d] * len(kinds[::2]) and set(kinds[1::2]) == {nn.ReLU}
 
 
 def merged(model: nn.Module) -> nn.Module:

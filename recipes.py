@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import augment
+import networks
 
 __all__ = ["DEFAULTS", "RECIPES", "Recipe", "check_choice", "check_number", "get_recipe"]
 
@@ -62,7 +63,10 @@ class Recipe:
     start_side: int = 32  # pixels: pictures are shrunk to this side in the first epoch and grow
     grow: float = 0.5  # to their own over this share of the epochs: cheap steps first
 
-    dilated: bool = True  # the network's options, see NetCIFAR10_Tiny
+    network: str = "tiny"  # NetCIFAR10_Tiny; or the layout of a networks.BlueprintNet, which
+    skips: str = "same"  # takes these two options
+    activation: str = "relu"
+    dilated: bool = True  # the options of NetCIFAR10_Tiny
     separable: bool = True
     width: float = 1.0
 
@@ -85,6 +89,8 @@ class Recipe:
                 f"got {self.policy!r}"
             )
         augment.get_policy(self.policy)
+        if self.network != "tiny":
+            networks.BlueprintNet(**self.model_options)
         if not isinstance(self.teacher, str | None):
             raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
         if self.alternate_flip and (self.build != "batched" or not self._flips):
@@ -129,6 +135,8 @@ class Recipe:
 
     @property
     def model_options(self) -> dict:
+        if self.network != "tiny":
+            return {"layout": self.network, "skips": self.skips, "activation": self.activation}
         return {"dilated": self.dilated, "separable": self.separable, "width": self.width}
 
 

@@ -460,7 +460,9 @@ def load_pretrained(run: str | Path = "tuned") -> NetCIFAR10_Tiny:
     config_file = folder / "config.json"
     try:
         config = json.loads(config_file.read_text())
-        model = NetCIFAR10_Tiny(len(config["classes"]), **config["model"])
+        import networks  # which imports this module
+
+        model = networks.make_network(len(config["classes"]), config["model"])
         model.classes = tuple(config["classes"])
         model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:

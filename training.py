@@ -39,6 +39,7 @@ import ingredients
 from engine import CompiledNetwork, Memory, peak_memory
 from feeding import key, make_feed, resized
 from recipes import DEFAULTS, Recipe, check_choice, check_number, get_recipe
+from networks import make_network
 from run_directory import (
     RunError,
     begin,
@@ -49,7 +50,6 @@ from run_directory import (
     write_json,
 )
 from tiny_cifar10_net import (
-    NetCIFAR10_Tiny,
     eval_mode,
     fuse,
     layer_costs,
@@ -257,7 +257,7 @@ class _Run:
         self.recipe, self.problem, self.device = recipe, problem, device
         self.seed, self.run_dir, self.progress = seed, run_dir, progress
         torch.manual_seed(key(seed))
-        model = NetCIFAR10_Tiny(len(problem.data.classes), **recipe.model_options)
+        model = make_network(len(problem.data.classes), recipe.model_options)
         if recipe.dirac:
             ingredients.dirac(model)
         if recipe.whiten:
