@@ -81,8 +81,8 @@ tour: env ## the guided tour, headless: the whole workflow in one notebook
 lab: env ## open the notebooks in JupyterLab (LAB="--no-browser" for its own options)
 	$(PY) -m jupyter lab --notebook-dir . $(LAB) notebooks/tuning_CNN_CIFAR10.ipynb
 
-predict: env ## classify a picture: make predict IMAGE=cat.jpg
-	@test -n "$(IMAGE)" || { echo "error: name a picture, e.g. make predict IMAGE=cat.jpg"; exit 2; }
+predict: env ## classify a image: make predict IMAGE=cat.jpg
+	@test -n "$(IMAGE)" || { echo "error: name a image, e.g. make predict IMAGE=cat.jpg"; exit 2; }
 	@$(PY) -m tiny_cifar10_net "$(IMAGE)" $(if $(RUN),--run "$(RUN)")
 
 sweep: env ## train RECIPES with SEEDS, or a STUDY, several runs at once

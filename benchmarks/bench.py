@@ -24,9 +24,9 @@ import matplotlib.pyplot as plt
 import torch
 from contestants import BATCH, DEVICE, SMALL
 
-from publish import machine_name, speed_table
+from tinycifar.publish import machine_name, speed_table
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs
-from training import _float32
+from tinycifar.training import _float32
 
 HERE = Path(__file__).resolve().parent
 SIDE_BY_SIDE = 8  # at most, as each takes 1 to 2 GB

@@ -27,20 +27,20 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def reference():
     """Training as the reference notebook does it, a step each time `next` is called.
 
-    The same network and policy; one picture at a time by albumentations in a DataLoader with two
+    The same network and policy; one image at a time by albumentations in a DataLoader with two
     workers; NCHW, float32, eager; loss and hits read at every step.
     """
-    import cifar10
+    import tinycifar.data as cifar10
     import tiny_cifar10_net
-    import training
+    from tinycifar import training
 
     # The network as its author has it: no detour for dilated depthwise convolutions.
     tiny_cifar10_net.DepthwiseConv.forward = torch.nn.Conv2d.forward
     data = cifar10.load()
     stats = cifar10.channel_stats(data.train_images)
-    pictures = Pictures(data.train_images, data.train_labels, stats)
+    images = Images(data.train_images, data.train_labels, stats)
     loader = torch.utils.data.DataLoader(
-        pictures, BATCH, shuffle=True, num_workers=2, drop_last=True
+        images, BATCH, shuffle=True, num_workers=2, drop_last=True
     )
     model = tiny_cifar10_net.NetCIFAR10_Tiny().to(DEVICE)
     optimizer = torch.optim.SGD(
@@ -61,7 +61,7 @@ def reference():
                 yield {}
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     def __init__(self, images, labels, stats):
         self.images, self.labels, self.stats = images, labels, stats
 
@@ -80,9 +80,9 @@ class Pictures(Dataset):
 
 def ours(batch_size=BATCH, compiled=True, threads=None, precision="float32"):
     """The engine of training.py, a step each time `next` is called; yields a step's parts."""
-    import cifar10
-    import recipes
-    import training
+    import tinycifar.data as cifar10
+    from tinycifar import recipes
+    from tinycifar import training
 
     if threads:
         torch.set_num_threads(threads)

@@ -9,9 +9,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # see the Makefile
 import matplotlib
 import pytest
 
-import cifar10
-import sweep
-import training
+import tinycifar.data as cifar10
+from tinycifar import studies
+from tinycifar import training
 
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
 
@@ -27,7 +27,7 @@ def _on_the_cpu(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A handful of stand-in pictures: enough to run everything, too few to learn from."""
+    """A handful of stand-in images: enough to run everything, too few to learn from."""
     return cifar10.load("shapes", limit=200)
 
 

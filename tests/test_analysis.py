@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import nn
 
-import analysis
+from tinycifar import analysis
 import augment
-import cifar10
-from analysis.measures import augmented
-from analysis.runs import Predictions, gains
-from recipes import RECIPES
+import tinycifar.data as cifar10
+from tinycifar.analysis.measures import augmented
+from tinycifar.analysis.runs import Predictions, gains
+from tinycifar.recipes import RECIPES
 from tiny_cifar10_net import NetCIFAR10_Tiny
-from training import evaluate
+from tinycifar.training import evaluate
 
 HISTORY = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 
@@ -101,7 +101,7 @@ def random_predictions(n=200, seed=0, sharpness=2.0):
 
 def predictions_of(log_p, labels, classes=cifar10.CLASSES):
     images = np.zeros((len(labels), 32, 32, 3), np.uint8)
-    return Predictions(log_p, images, labels, classes, "test pictures · my run")
+    return Predictions(log_p, images, labels, classes, "test images · my run")
 
 
 def rows_of(markdown):
@@ -205,7 +205,7 @@ def test_predictions_of_a_run(write_run, tiny):
     predictions = analysis.predictions(run, tiny, "test")
     log_p = predictions.log_p
     assert log_p.shape == (40, 10) and log_p.dtype == np.float32
-    assert predictions.title == f"test pictures · {run.title}"
+    assert predictions.title == f"test images · {run.title}"
     assert (predictions.images is tiny.test_images) and (predictions.labels is tiny.test_labels)
     assert (predictions.predicted == log_p.argmax(axis=1)).all()
     model = analysis.load_model(run)
@@ -228,14 +228,14 @@ def test_answers_on_validation(write_run, tiny):
     held_back = cifar10.split(tiny.train_labels)[1]
     np.testing.assert_array_equal(on_validation.images, tiny.train_images[held_back])
     np.testing.assert_array_equal(on_validation.labels, tiny.train_labels[held_back])
-    assert on_validation.title.startswith("validation pictures · quick · val")
+    assert on_validation.title.startswith("validation images · quick · val")
     assert analysis.predictions(run, tiny).title == on_validation.title  # finished or not
     alike = evaluate(
         analysis.load_model(run), on_validation.images, on_validation.labels, run.stats
     )
     right = on_validation.predicted == on_validation.labels
     assert alike[1] == pytest.approx(100 * right.mean())
-    with pytest.raises(ValueError, match="no validation pictures: its protocol is full"):
+    with pytest.raises(ValueError, match="no validation images: its protocol is full"):
         analysis.predictions(write_run("b", protocol="full", **how), tiny, "validation")
     with pytest.raises(ValueError, match="part must be test, validation or None"):
         analysis.predictions(run, tiny, "train")
@@ -388,8 +388,8 @@ def test_dilation_table():
     assert rows_of(analysis.dilation_table(width=2, dilated=False))[1][1] == "45 px"
 
 
-def test_which_positions_see_the_whole_picture_by_their_gradients():
-    """Corners of the input reach c4's position if all of the picture does."""
+def test_which_positions_see_the_whole_image_by_their_gradients():
+    """Corners of the input reach c4's position if all of the image does."""
     torch.manual_seed(0)
     net = NetCIFAR10_Tiny().eval()
     pixels = torch.randn(1, 3, 32, 32, requires_grad=True)
@@ -448,7 +448,7 @@ def test_a_study_is_compared_with_its_base(a_study):
     table = analysis.study_table(a_study)
     header, base, higher, worse = rows_of(table)
     assert header[3] == "validation, %" and base[:3] == ["base", "", "n = 2"]
-    # What 5,000 pictures tell of how far seeds differ, ten times, and what the two pairs tell.
+    # What 5,000 images tell of how far seeds differ, ten times, and what the two pairs tell.
     by_the_count = 100**2 * 0.41 * 0.59 / (2 * 5_000)
     seeds = statistics.variance([40, 42]) + statistics.variance([45, 49])
     spread = math.sqrt((10 * by_the_count + seeds) / 12)
@@ -595,7 +595,7 @@ def test_the_fit_table_evaluates_what_was_trained_on(write_run, tiny):
     run = write_run(dataset="shapes", limit=200, checksum=tiny.checksum, epochs=3)
     fed, whole, validation, test = rows_of(analysis.fit_table(run, tiny))[1:]
     assert fed == ["training, as fed: augmented", "45,000", "44.00 %", f"{1.9 / 3:.4f}"]
-    index = cifar10.split(tiny.train_labels)[0][:40]  # as many as there are test pictures
+    index = cifar10.split(tiny.train_labels)[0][:40]  # as many as there are test images
     pixels = torch.from_numpy(tiny.train_images[index]).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         log_p = analysis.load_model(run)((pixels - 0.5) / 0.25)
@@ -604,7 +604,7 @@ def test_the_fit_table_evaluates_what_was_trained_on(write_run, tiny):
     assert whole[1:3] == ["40", f"{right:.2f} %"]
     assert float(whole[3]) == pytest.approx(nn.functional.nll_loss(log_p, labels).item(), abs=1e-4)
     assert (validation[2:], test[2:]) == (["40.00 %", "0.5000"], ["70.00 %", "0.9000"])
-    assert f"less test pictures: {right - 70:+.2f} points" in analysis.fit_table(run, tiny)
+    assert f"less test images: {right - 70:+.2f} points" in analysis.fit_table(run, tiny)
     with pytest.raises(ValueError, match="load_data"):
         analysis.fit_table(write_run("b"), tiny)
     run.config["recipe"]["label_smoothing"] = 0.1
@@ -773,7 +773,7 @@ def test_samples_show_each_class(tiny):
     assert (tiles[7 * 34 : 7 * 34 + 32, 2 * 34 : 2 * 34 + 32] == third_of_class_7).all()
 
 
-def test_without_augmentation_every_build_gives_back_the_picture(tiny):
+def test_without_augmentation_every_build_gives_back_the_image(tiny):
     stats = cifar10.channel_stats(tiny.train_images)
     images = tiny.train_images[:2]
     for build in ("batched", "torchvision"):
@@ -814,7 +814,7 @@ def test_plot_history_of_many_has_a_colour_for_each_recipe(write_run):
     assert len({line.get_color() for line in figure.axes[2].lines}) == 2
 
 
-def test_plot_history_shows_where_the_pictures_grow(write_run):
+def test_plot_history_shows_where_the_images_grow(write_run):
     run = write_run()
     plain = analysis.plot_history(run)
     assert "px" not in texts(plain) and "grow" not in texts(plain)

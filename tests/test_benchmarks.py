@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-import cifar10
-import publish
+import tinycifar.data as cifar10
+from tinycifar import publish
 from tiny_cifar10_net import NetCIFAR10_Tiny
 
 FOLDER = publish.ROOT / "benchmarks"
@@ -39,12 +39,12 @@ def test_contestants_train_when_told(bench):
     assert sum(parts.values()) <= runs["ours-eager"].turns[0]["seconds"]
 
 
-def test_the_references_pictures_reach_a_loaders_process(bench):
-    from contestants import Pictures
+def test_the_references_images_reach_a_loaders_process(bench):
+    from contestants import Images
 
     data = cifar10.load("shapes", limit=100)
-    pictures = Pictures(data.train_images, data.train_labels, cifar10.Stats((0.5,) * 3, (0.2,) * 3))
-    image, label = pickle.loads(pickle.dumps(pictures))[3]  # as where processes are spawned
+    images = Images(data.train_images, data.train_labels, cifar10.Stats((0.5,) * 3, (0.2,) * 3))
+    image, label = pickle.loads(pickle.dumps(images))[3]  # as where processes are spawned
     assert image.shape == (3, 32, 32) and label == data.train_labels[3]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training import ROOT
+from tinycifar.training import ROOT
 
 
 def load(**options):

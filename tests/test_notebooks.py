@@ -1,7 +1,7 @@
 """Each notebook is run by papermill on a small case, and run again under strict nbval.
 
 nbval compares every output of every cell with the first run's, so that anything that doesn't
-repeat, anywhere, fails here. Pictures can't be compared; that they were drawn is.
+repeat, anywhere, fails here. Images can't be compared; that they were drawn is.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 import nbformat
 import pytest
 
-import run_notebook
+from tinycifar import notebooks
 
 SMALL = {
     "stats": {"limit": 500, "policies": ["none", "reference"]},
@@ -30,7 +30,7 @@ def run_dir(tmp_path_factory):
     settings |= {"force": True, "device": "cpu"}
     for name, extra in SMALL.items():
         into = folder / "tour" if name == "tuning_CNN_CIFAR10" else folder
-        run_notebook.run_notebooks([name], into, settings, extra)
+        notebooks.run_notebooks([name], into, settings, extra)
     (folder / "tour" / "tuning_CNN_CIFAR10.ipynb").rename(folder / "tuning_CNN_CIFAR10.ipynb")
     return folder
 
@@ -56,12 +56,12 @@ def test_it_repeats_cell_by_cell(run_dir, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "pictures"),
+    ("name", "images"),
     [("stats", 3), ("training", 4), ("analysis", 8), ("tuning_CNN_CIFAR10", 6)],
 )
-def test_every_picture_was_drawn_and_nothing_warned(run_dir, name, pictures):
+def test_every_image_was_drawn_and_nothing_warned(run_dir, name, images):
     outputs = [o for cell in code_cells(run_dir / f"{name}.ipynb") for o in cell.outputs]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == pictures
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == images
     assert [o["text"] for o in outputs if o.get("name") == "stderr"] == []
 
 

@@ -10,12 +10,12 @@ from dataclasses import asdict
 import nbformat
 import pytest
 
-import analysis
-import publish
-import run_directory
-import training
-from recipes import DEFAULTS, RECIPES
-from study import load_study
+from tinycifar import analysis
+from tinycifar import publish
+from tinycifar import run_directory
+from tinycifar import training
+from tinycifar.recipes import DEFAULTS, RECIPES
+from tinycifar.studies import load_study
 from tiny_cifar10_net import PRETRAINED, load_pretrained
 
 ROOT = training.ROOT
@@ -101,7 +101,7 @@ def test_a_study_takes_what_another_has_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(analysis.runs, "RESULTS", tmp_path)
     [run] = analysis.published_study("ingredients")
     assert run.folder == tmp_path / taken
-    assert run.config["recipe"] == asdict(load_study("studies/ingredients.yaml").recipes[0])
+    assert run.config["recipe"] == asdict(load_study("studies/optim.yaml").recipes[0])
 
 
 def test_published_studies_hold_only_what_their_files_say():

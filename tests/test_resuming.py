@@ -18,14 +18,14 @@ import torch
 from test_training import SMALL, assert_same_outcome, history
 
 import augment
-import cifar10
-import ingredients
-import run_directory
-import training
+import tinycifar.data as cifar10
+from tinycifar import optim
+from tinycifar import run_directory
+from tinycifar import training
 from augment import POLICIES
-from recipes import get_recipe
-from run_directory import RunError
-from training import train
+from tinycifar.recipes import get_recipe
+from tinycifar.run_directory import RunError
+from tinycifar.training import train
 
 SIX_EPOCHS = get_recipe(
     SMALL,
@@ -41,14 +41,14 @@ SIX_EPOCHS = get_recipe(
 IN_A_PROCESS = """
 import sys, cifar10
 from test_resuming import SIX_EPOCHS
-from training import train
+from tinycifar.training import train
 train(SIX_EPOCHS, sys.argv[1], dataset=cifar10.load("shapes", limit=100), device="cpu")
 """
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Fewer pictures than elsewhere: three steps an epoch."""
+    """Fewer images than elsewhere: three steps an epoch."""
     return cifar10.load("shapes", limit=100)
 
 
@@ -177,7 +177,7 @@ def test_what_is_half_written_is_never_read(tiny, whole, tmp_path, monkeypatch):
 
 
 def test_nan_stops_at_that_step_with_the_checkpoint_intact(tiny, whole, tmp_path, monkeypatch):
-    steps, loss = [], ingredients.loss
+    steps, loss = [], optim.loss
 
     def poisoned(*arguments):
         steps.append(1)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import augment
-import cifar10
-import run_directory
-import sweep
-from recipes import Recipe, get_recipe
-from run_directory import RunError
-from sweep import train_many
-from training import train
+import tinycifar.data as cifar10
+from tinycifar import run_directory
+from tinycifar import studies
+from tinycifar.recipes import Recipe, get_recipe
+from tinycifar.run_directory import RunError
+from tinycifar.studies import train_many
+from tinycifar.training import train
 
 SMALL = Recipe("small", epochs=1, batch_size=32, lr=0.05, schedule="one_cycle", policy="light")
 FAILING = Recipe("failing", epochs=1, batch_size=32, lr=99, schedule="constant")
@@ -71,7 +71,7 @@ def test_a_killed_process_is_named_and_loses_nothing(tiny, tmp_path, monkeypatch
 def test_a_killed_sweep_leaves_nothing_training(tmp_path):
     """Its processes would hold their runs' locks, and the cores."""
     command = ["baseline", "--seeds", "0", "--dataset", "shapes", "--folder", str(tmp_path)]
-    sweep_process = subprocess.Popen([sys.executable, "-m", "sweep", *command], cwd=sweep.ROOT)
+    sweep_process = subprocess.Popen([sys.executable, "-m", "sweep", *command], cwd=studies.ROOT)
     run_dir = tmp_path / "baseline-val-seed0"
     wait_until((run_dir / "config.json").is_file, 120)
     assert locked(run_dir)
@@ -116,13 +116,13 @@ def test_bad_input_is_refused_before_anything_runs(tiny, tmp_path, arguments, sa
 def test_cores_are_shared_out(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert sweep._share_out(100, cpu, None) == (16, 1)
-    assert sweep._share_out(3, cpu, None) == (3, 5)
-    assert sweep._share_out(100, cpu, 4) == (4, 4)
+    assert studies._share_out(100, cpu, None) == (16, 1)
+    assert studies._share_out(3, cpu, None) == (3, 5)
+    assert studies._share_out(100, cpu, 4) == (4, 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as OMP_NUM_THREADS=1 has it
     for cores, shared in ((16, (8, 2)), (2, (2, 1))):
         monkeypatch.setattr(sweep, "_cores", lambda cores=cores: cores)
-        assert sweep._share_out(100, gpu, None) == shared
+        assert studies._share_out(100, gpu, None) == shared
 
 
 def test_a_run_on_other_data_is_not_passed_off_as_this_one(tiny, tmp_path):

@@ -103,8 +103,8 @@ def test_a_strided_convolution_in_bfloat16(size):
     torch.manual_seed(0)
     ours = DepthwiseConv(6, stride=2).bfloat16()
     x = torch.randn(2, 6, *size).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
-    exact, pictures = copy.deepcopy(ours).float(), x.detach().float().requires_grad_()
-    got, expected = ours(x), exact(pictures)
+    exact, images = copy.deepcopy(ours).float(), x.detach().float().requires_grad_()
+    got, expected = ours(x), exact(images)
     assert "Strided" in got.grad_fn.name(), "torch's own gradient is right as well, and slow"
     assert "Strided" not in expected.grad_fn.name()
     weights = torch.randn_like(expected).bfloat16()
@@ -112,7 +112,7 @@ def test_a_strided_convolution_in_bfloat16(size):
     expected.backward(weights.float())
     for mine, theirs in (
         (got, expected),
-        (x.grad, pictures.grad),
+        (x.grad, images.grad),
         (ours.weight.grad, exact.weight.grad),
     ):
         assert mine.dtype == torch.bfloat16
@@ -122,18 +122,18 @@ def test_a_strided_convolution_in_bfloat16(size):
     assert rows.shape == (1, 6, 2, 2, 1, 6, 4, 4)
 
 
-def test_gradients_picture_by_picture_by_torch_func():
+def test_gradients_image_by_image_by_torch_func():
     torch.manual_seed(0)
-    net, pictures = NetCIFAR10_Tiny().eval(), torch.randn(3, 3, 32, 32)
+    net, images = NetCIFAR10_Tiny().eval(), torch.randn(3, 3, 32, 32)
     weights = {name: p.detach() for name, p in net.named_parameters()}
     buffers = dict(net.named_buffers())
 
-    def loss(weights, picture):
-        return -torch.func.functional_call(net, (weights, buffers), (picture[None],))[0, 7]
+    def loss(weights, image):
+        return -torch.func.functional_call(net, (weights, buffers), (image[None],))[0, 7]
 
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, pictures)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, images)
     net.zero_grad()
-    (-net(pictures)[:, 7]).sum().backward()
+    (-net(images)[:, 7]).sum().backward()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(each[name].sum(dim=0), parameter.grad, rtol=1e-4, atol=1e-5)
 
@@ -282,7 +282,7 @@ def by_hand(model, pixels):
         return torch.softmax(model((x - mean) / std)[0], dim=0)
 
 
-def test_predict_is_the_network_on_the_normalised_picture(model):
+def test_predict_is_the_network_on_the_normalised_image(model):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     expected = by_hand(model, pixels)
     answer = predict(pixels, model, top=10)
@@ -291,13 +291,13 @@ def test_predict_is_the_network_on_the_normalised_picture(model):
         assert p == pytest.approx(expected[CLASSES.index(name)].item(), abs=1e-5)
 
 
-def test_predict_takes_a_path_a_picture_an_array_and_a_tensor_alike(model, tmp_path):
+def test_predict_takes_a_path_a_image_an_array_and_a_tensor_alike(model, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (48, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a picture.png")
+    Image.fromarray(pixels).save(tmp_path / "a image.png")
     expected = predict(pixels, model)
     for image in (
-        tmp_path / "a picture.png",
-        str(tmp_path / "a picture.png"),
+        tmp_path / "a image.png",
+        str(tmp_path / "a image.png"),
         Image.fromarray(pixels),
         torch.from_numpy(pixels),
     ):
@@ -334,16 +334,16 @@ def test_predict_says_what_came_and_what_it_takes(model, image, says):
         predict(image, model)
 
 
-def test_unreadable_pictures_are_named(model, tmp_path, monkeypatch):
+def test_unreadable_images_are_named(model, tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(ValueError, match=r"broken\.png can't be read as a picture"):
+    with pytest.raises(ValueError, match=r"broken\.png can't be read as a image"):
         predict(tmp_path / "broken.png", model)
     Image.effect_noise((300, 300), 90).save(tmp_path / "torn.png")  # in several chunks
     start, first, rest = (tmp_path / "torn.png").read_bytes().split(b"IDAT", 2)
     (tmp_path / "torn.png").write_bytes(start + b"IDAT" + first + b"I\0AT" + rest)
-    with pytest.raises(ValueError, match=r"torn\.png can't be read as a picture"):
+    with pytest.raises(ValueError, match=r"torn\.png can't be read as a image"):
         predict(tmp_path / "torn.png", model)
-    with pytest.raises(FileNotFoundError, match="no picture at"):
+    with pytest.raises(FileNotFoundError, match="no image at"):
         predict(tmp_path / "absent.png", model)
     Image.new("I;16", (40, 40), 30_000).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match="8 bits a channel; got mode 'I;16'"):
@@ -365,7 +365,7 @@ def test_the_command_line_prints_classes_and_errors(run_dir, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].split()[1] in CLASSES
-    with pytest.raises(SystemExit, match="error: no picture at"):
+    with pytest.raises(SystemExit, match="error: no image at"):
         tiny_cifar10_net.main(["absent.png", "--run", str(run_dir)])
 
 
@@ -413,7 +413,7 @@ def test_fused_gives_the_same_outputs(options):
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch's own loader
 @pytest.mark.parametrize("prepare", [fuse, lambda net: net], ids=["fused", "plain"])
-def test_a_network_can_be_exported_for_any_number_of_pictures(prepare, tmp_path):
+def test_a_network_can_be_exported_for_any_number_of_images(prepare, tmp_path):
     net = prepare(trained())
     pair, batch = torch.randn(2, 3, 32, 32), {0: torch.export.Dim("n")}
     program = torch.export.export(net, (pair,), dynamic_shapes=(batch,))
@@ -434,7 +434,7 @@ def test_fuse_refuses_what_it_cant_fold():
 
 def test_a_fused_network_checks_its_input_as_the_plain_one():
     fused = fuse(trained())
-    with pytest.raises(ValueError, match=r"takes a batch of colour pictures .*got \(3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"takes a batch of colour images .*got \(3, 32, 32\)"):
         fused(torch.zeros(3, 32, 32))
 
 
@@ -447,6 +447,6 @@ def test_layers_that_cant_be_seen_are_not_left_out_in_silence(count):
 def test_a_fused_network_keeps_what_predict_needs():
     net = trained()
     net.classes, net.mean, net.std = tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    plain, fused = dict(predict(picture, net)), dict(predict(picture, fuse(net)))
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    plain, fused = dict(predict(image, net)), dict(predict(image, fuse(net)))
     assert fused == pytest.approx(plain, abs=1e-4)

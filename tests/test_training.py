@@ -14,17 +14,17 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import augment
-import cifar10
-import ingredients
-import run_directory
-import training
-from engine import CompiledNetwork, MixedPrecision, merged
-from feeding import key, make_feed, resized
-from recipes import DEFAULTS, RECIPES, Recipe, get_recipe
-from run_directory import RunError
-from sweep import train_many
+import tinycifar.data as cifar10
+from tinycifar import optim
+from tinycifar import run_directory
+from tinycifar import training
+from tinycifar.acceleration import CompiledNetwork, MixedPrecision, merged
+from tinycifar.loaders import key, make_feed, resized
+from tinycifar.recipes import DEFAULTS, RECIPES, Recipe, get_recipe
+from tinycifar.run_directory import RunError
+from tinycifar.studies import train_many
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
-from training import log_probabilities, run_folder, train
+from tinycifar.training import log_probabilities, run_folder, train
 
 # Where torch.compile can work, it must: a failure is no reason to skip.
 needs_compiler = pytest.mark.skipif(
@@ -179,7 +179,7 @@ def test_what_may_be_none_can_be_switched_off():
 
 
 def test_the_loop_is_plain_sgd_written_out_by_hand(tiny, tmp_path):
-    """Nothing of training.py but the order of the pictures and the initial weights' seed.
+    """Nothing of training.py but the order of the images and the initial weights' seed.
 
     Three steps at a low rate: the first of a training multiply every rounding difference.
     """
@@ -219,7 +219,7 @@ def test_the_loop_is_plain_sgd_written_out_by_hand(tiny, tmp_path):
 def test_weight_decay_spares_norms_and_biases_when_told():
     net = NetCIFAR10_Tiny()
     (spared,), (everything,) = (
-        ingredients.optimizers(get_recipe("baseline", decay_all=decay_all), net)
+        optim.optimizers(get_recipe("baseline", decay_all=decay_all), net)
         for decay_all in (False, True)
     )
     decayed, free = (g["params"] for g in spared.param_groups)
@@ -231,7 +231,7 @@ def test_weight_decay_spares_norms_and_biases_when_told():
 
 def lr_curve(recipe, steps_per_epoch):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], recipe.lr)
-    schedule = ingredients.schedule(recipe, optimizer, steps_per_epoch)
+    schedule = optim.schedule(recipe, optimizer, steps_per_epoch)
     curve = []
     for _ in range(recipe.epochs * steps_per_epoch):
         curve.append(optimizer.param_groups[0]["lr"])
@@ -257,8 +257,8 @@ def test_history_has_the_rate_of_each_epochs_last_step(tiny, tmp_path):
 def test_muon_has_its_own_rate_and_the_same_schedule():
     net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
     recipe = get_recipe("quick", epochs=1, optimizer="muon", lr=0.1, muon_lr=0.03)
-    both = ingredients.optimizers(recipe, net)
-    schedules = [ingredients.schedule(recipe, one, 12) for one in both]
+    both = optim.optimizers(recipe, net)
+    schedules = [optim.schedule(recipe, one, 12) for one in both]
     highest = 0
     for _ in range(12):
         sgd, muon = (one.param_groups[0]["lr"] for one in both)
@@ -273,7 +273,7 @@ def test_muon_has_its_own_rate_and_the_same_schedule():
 def test_a_network_of_one_channel_keeps_its_depthwise_filters_apart():
     net = NetCIFAR10_Tiny(width=0.05).to(memory_format=torch.channels_last)
     recipe = get_recipe("quick", optimizer="muon", width=0.05, decay_depthwise=0.0)
-    sgd, muon = ingredients.optimizers(recipe, net)
+    sgd, muon = optim.optimizers(recipe, net)
     assert len(muon.param_groups[0]["params"]) == 10  # c1's second convolution, nine pointwise
     decay = {id(p): g["weight_decay"] for g in sgd.param_groups for p in g["params"]}
     assert decay[id(net.c2[0].dw.weight)] == 0 and decay[id(net.c1[0][0].weight)] > 0
@@ -282,7 +282,7 @@ def test_a_network_of_one_channel_keeps_its_depthwise_filters_apart():
 def test_decay_of_depthwise_filters_is_their_own():
     net = NetCIFAR10_Tiny()
     recipe = get_recipe("baseline", decay_all=False, decay_depthwise=0.25)
-    groups = ingredients.optimizers(recipe, net)[0].param_groups
+    groups = optim.optimizers(recipe, net)[0].param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     named = dict(net.named_parameters())
     assert decay.keys() == {id(p) for p in named.values()}
@@ -294,7 +294,7 @@ def test_decay_of_depthwise_filters_is_their_own():
 def test_muon_moves_what_mixes_channels_equally_far_in_all_directions():
     net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
     recipe = get_recipe("baseline", optimizer="muon", muon_lr=0.01, weight_decay=0.0)
-    sgd, muon = ingredients.optimizers(recipe, net)
+    sgd, muon = optim.optimizers(recipe, net)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     net(torch.rand(8, 3, 32, 32).to(memory_format=torch.channels_last))[:, 0].sum().backward()
     muon.step()
@@ -310,7 +310,7 @@ def test_muon_moves_what_mixes_channels_equally_far_in_all_directions():
         assert strengths[: len(strengths) // 2].min() > 0.5 and strengths.max() < 1.5
         assert torch.sum(step * net.get_parameter(name).grad.flatten(1)) > 0  # downhill
     decay = 0.045 * 5e-4 / (1 - 0.9)  # of SGD, through its momentum: a share of the weight a step
-    sgd, muon = ingredients.optimizers(get_recipe(recipe, weight_decay=5e-4), net)
+    sgd, muon = optim.optimizers(get_recipe(recipe, weight_decay=5e-4), net)
     net.zero_grad(set_to_none=False)
     before = net.c2[0].pw.weight.detach().clone()
     muon.step()
@@ -322,7 +322,7 @@ def test_muon_moves_what_mixes_channels_equally_far_in_all_directions():
 def test_adamw_beside_muon_takes_the_rest_and_all_weights_shrink_equally_fast():
     net = NetCIFAR10_Tiny().to(memory_format=torch.channels_last)
     recipe = get_recipe("baseline", optimizer="muon_adamw", lr=0.01, weight_decay=0.1)
-    adamw, muon = ingredients.optimizers(recipe, net)
+    adamw, muon = optim.optimizers(recipe, net)
     assert isinstance(adamw, torch.optim.AdamW)
     assert len(muon.param_groups[0]["params"]) == 10  # c1's second convolution, nine pointwise
     for p in net.parameters():
@@ -337,7 +337,7 @@ def test_adamw_beside_muon_takes_the_rest_and_all_weights_shrink_equally_fast():
 def test_dirac_adds_the_identity_to_depthwise_filters_alone():
     plain, passing = NetCIFAR10_Tiny(), NetCIFAR10_Tiny()
     passing.load_state_dict(plain.state_dict())
-    ingredients.dirac(passing)
+    optim.dirac(passing)
     for (name, before), after in zip(plain.named_parameters(), passing.parameters(), strict=True):
         identity = torch.zeros_like(before)
         if ".dw." in name:
@@ -349,7 +349,7 @@ def test_whitened_filters_answer_with_variance_one_and_uncorrelated(tiny):
     stats = cifar10.channel_stats(tiny.train_images)
     conv = torch.nn.Conv2d(3, 16, 3, bias=False)
     images = torch.from_numpy(tiny.train_images)
-    ingredients.whiten(conv, images, stats)
+    optim.whiten(conv, images, stats)
     pixels = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(stats.mean).view(3, 1, 1)) / (
         torch.tensor(stats.std).view(3, 1, 1)
     )
@@ -362,7 +362,7 @@ def test_whitened_filters_answer_with_variance_one_and_uncorrelated(tiny):
 def test_more_filters_than_patches_keep_their_start(tiny):
     conv = torch.nn.Conv2d(3, 64, 3, bias=False)
     before = conv.weight.detach().clone()
-    ingredients.whiten(
+    optim.whiten(
         conv, torch.from_numpy(tiny.train_images), cifar10.Stats((0.5,) * 3, (0.2,) * 3)
     )
     changed = (conv.weight != before).flatten(1).any(1)
@@ -378,8 +378,8 @@ def test_a_run_starts_whitened_and_passing_on_where_its_recipe_says_so(tiny, tmp
     first = weights["c1.0.0.weight"]
     expected = torch.nn.Conv2d(3, 16, 3, bias=False)
     index = training.train_index(tiny, "val")
-    pictures = torch.from_numpy(tiny.train_images[index])
-    ingredients.whiten(expected, pictures, cifar10.channel_stats(tiny.train_images, index))
+    images = torch.from_numpy(tiny.train_images[index])
+    optim.whiten(expected, images, cifar10.channel_stats(tiny.train_images, index))
     torch.testing.assert_close(first, expected.weight.detach(), atol=1e-5, rtol=0)
 
 
@@ -388,17 +388,17 @@ def feed(recipe, data, workers=0):
     return make_feed(recipe, 0, problem, torch.device("cpu"), workers)
 
 
-def pictures_by_index(feed, epoch):
+def images_by_index(feed, epoch):
     images = torch.cat([images for images, _ in feed.epoch(epoch)])
     return images[feed.order(epoch).argsort()]
 
 
-def test_alternate_flips_show_each_picture_both_ways_in_two_epochs(tiny, monkeypatch):
+def test_alternate_flips_show_each_image_both_ways_in_two_epochs(tiny, monkeypatch):
     monkeypatch.setitem(augment.POLICIES, "light", augment.Policy(flip=0.5))  # flips, no crops
     alternating = feed(get_recipe(SMALL, alternate_flip=True), tiny)
-    one, two, three = (pictures_by_index(alternating, e) for e in (1, 2, 3))
+    one, two, three = (images_by_index(alternating, e) for e in (1, 2, 3))
     assert torch.equal(two, one.flip(3)) and torch.equal(three, one)
-    as_it_is = pictures_by_index(feed(get_recipe(SMALL, policy="none"), tiny), 1)
+    as_it_is = images_by_index(feed(get_recipe(SMALL, policy="none"), tiny), 1)
     mirrored = (one != as_it_is).flatten(1).any(1).double().mean()
     assert 0.35 < mirrored < 0.65
     with pytest.raises(ValueError, match=r"alternate_flip .*'batched'.*'torchvision'"):
@@ -414,17 +414,17 @@ def test_the_last_epochs_may_be_calmer(tiny, monkeypatch, build):
     assert [recipe.policy_in(e) for e in range(1, 5)] == 2 * ["reference"] + 2 * ["light"]
     assert get_recipe(SMALL, policy="none", epochs=5, calm=0.8).policy_in(1) == "none"
     calming = feed(recipe, tiny)
-    plain = pictures_by_index(feed(get_recipe(SMALL, policy="none"), tiny), 1)
-    assert not torch.allclose(pictures_by_index(calming, 2), plain, atol=1e-4)
-    torch.testing.assert_close(pictures_by_index(calming, 3), plain, atol=1e-4, rtol=0)
+    plain = images_by_index(feed(get_recipe(SMALL, policy="none"), tiny), 1)
+    assert not torch.allclose(images_by_index(calming, 2), plain, atol=1e-4)
+    torch.testing.assert_close(images_by_index(calming, 3), plain, atol=1e-4, rtol=0)
 
 
 def test_distillation_loss_is_zero_at_the_teachers_own_answer_and_hintons_elsewhere():
     logits, taught = torch.randn(2, 5, 10).unbind(0)
-    loss = ingredients.distillation_loss(logits.log_softmax(1), taught.log_softmax(1), 4.0)
+    loss = optim.distillation_loss(logits.log_softmax(1), taught.log_softmax(1), 4.0)
     p, q = (taught / 4).softmax(1), (logits / 4).softmax(1)
     torch.testing.assert_close(loss, 16 * (p * (p / q).log()).sum(1).mean())
-    assert ingredients.distillation_loss(taught, taught.log_softmax(1), 4.0).abs() < 1e-5
+    assert optim.distillation_loss(taught, taught.log_softmax(1), 4.0).abs() < 1e-5
 
 
 def test_a_student_learns_what_its_teacher_says(tiny, tmp_path):
@@ -433,13 +433,13 @@ def test_a_student_learns_what_its_teacher_says(tiny, tmp_path):
     )
     alone = get_recipe(SMALL, epochs=2, policy="none")
     taught = get_recipe(alone, teacher=str(tmp_path / "teacher"), teaching=1.0)
-    pictures, stats = tiny.train_images, cifar10.channel_stats(tiny.train_images)
+    images, stats = tiny.train_images, cifar10.channel_stats(tiny.train_images)
     says = {}
     for name, recipe in (("alone", alone), ("taught", taught)):
         train(recipe, tmp_path / name, dataset=tiny, progress=False)
-        says[name] = log_probabilities(load_pretrained(tmp_path / name), pictures, stats)
-    teacher_log_p = log_probabilities(load_pretrained(tmp_path / "teacher"), pictures, stats)
-    loss = {n: ingredients.distillation_loss(says[n], teacher_log_p, 1.0) for n in says}
+        says[name] = log_probabilities(load_pretrained(tmp_path / name), images, stats)
+    teacher_log_p = log_probabilities(load_pretrained(tmp_path / "teacher"), images, stats)
+    loss = {n: optim.distillation_loss(says[n], teacher_log_p, 1.0) for n in says}
     assert loss["taught"] < loss["alone"]
 
 
@@ -515,7 +515,7 @@ def test_one_cycle_peaks_where_told_and_ends_near_zero():
     assert curve[-1] < 1e-4
 
 
-def test_pictures_grow_to_their_own_size(tiny, tmp_path, monkeypatch):
+def test_images_grow_to_their_own_size(tiny, tmp_path, monkeypatch):
     recipe = get_recipe(SMALL, epochs=5, start_side=16, grow=0.6)
     assert [recipe.side(epoch) for epoch in range(1, 6)] == [16, 16, 24, 32, 32]
     assert {SMALL.side(epoch) for epoch in range(1, 4)} == {32}
@@ -546,7 +546,7 @@ def test_compiled_where_it_pays():
 
 @needs_compiler
 def test_the_compiled_network_trains_alike(tiny, tmp_path):
-    """Also the last batch, which is a smaller one: 180 pictures in batches of 64."""
+    """Also the last batch, which is a smaller one: 180 images in batches of 64."""
     recipe = get_recipe(SMALL, epochs=1, batch_size=64, lr=0.01)
     plain = train(recipe, tmp_path / "plain", dataset=tiny, compile=False, progress=False)
     compiled = train(recipe, tmp_path / "compiled", dataset=tiny, compile=True, progress=False)
@@ -579,7 +579,7 @@ def test_compiled_gradients_are_as_exact_as_plain_ones(tiny):
 
 @pytest.mark.parametrize("fast", [merged, lambda model: model], ids=["merged", "plain"])
 def test_bfloat16_between_layers_and_float32_elsewhere(fast, tiny):
-    """Against double precision; of the gradients a fifth may be noise, as of so few pictures."""
+    """Against double precision; of the gradients a fifth may be noise, as of so few images."""
     model = load_pretrained("tuned").train()
     plain = augment.Batched("none", model.mean, model.std)
     images = plain(torch.from_numpy(tiny.train_images[:64]))
@@ -705,11 +705,11 @@ def test_many_shapes_in_one_process_are_all_compiled_or_it_is_said(monkeypatch, 
         return graph
 
     compile = lambda model, dynamic: torch.compile(model, dynamic=dynamic, backend=counted)  # noqa: E731
-    monkeypatch.setattr("engine.compile", compile)
+    monkeypatch.setattr("tinycifar.acceleration.compile", compile)
     sides = set(range(16, 32))
     network = CompiledNetwork(nn.Conv2d(3, 4, 3), batch_size=2, sides=sides)
     if fails_at:
-        monkeypatch.setattr("engine.PROGRAMS", fails_at)
+        monkeypatch.setattr("tinycifar.acceleration.PROGRAMS", fails_at)
         with pytest.warns(UserWarning, match="goes on without"):
             outputs = {side: network(torch.ones(2, 3, side, side)) for side in sides}
     else:
@@ -726,7 +726,7 @@ def test_a_backward_pass_that_cannot_be_compiled_is_helped_too(monkeypatch):
     def no_room(*_, **__):
         raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr("engine.compile", compiled_by(lambda graph, inputs: graph, no_room))
+    monkeypatch.setattr("tinycifar.acceleration.compile", compiled_by(lambda graph, inputs: graph, no_room))
     network = CompiledNetwork(nn.Conv2d(3, 4, 3), batch_size=2, sides={8})
     with pytest.warns(UserWarning, match="No space left on device.*goes on without"):
         network(torch.ones(2, 3, 8, 8)).sum().backward()
@@ -746,7 +746,7 @@ def test_without_a_compiler_training_goes_on(tiny, tmp_path, monkeypatch):
 
         return program
 
-    monkeypatch.setattr("engine.compile", no_compiler)
+    monkeypatch.setattr("tinycifar.acceleration.compile", no_compiler)
     with pytest.warns(UserWarning, match=r"torch.compile failed .*goes on without"):
         metrics = train(SMALL, tmp_path / "r", dataset=tiny, compile=True, progress=False)
     assert metrics["compiled_sides"] == []
@@ -817,7 +817,7 @@ def test_protocols_differ_in_what_they_may_see(tiny, tmp_path, monkeypatch):
         "train": len(train_index), "selection": len(val_index), "test": n_test, "seed": 0,
     }  # fmt: skip
     stats = cifar10.channel_stats(tiny.train_images[train_index])
-    assert config["mean"] == list(stats.mean), "statistics are of the pictures trained on"
+    assert config["mean"] == list(stats.mean), "statistics are of the images trained on"
     losses = [row["val_loss"] for row in history(tmp_path / "val")]
     assert metrics["best_epoch"] == 1 + losses.index(min(losses))
 
@@ -865,7 +865,7 @@ def test_evaluation_leaves_the_mode_and_the_weights(tiny):
     with pytest.raises(ValueError, match="Expected uint8"):
         log_probabilities(net, tiny.test_images[..., :1], stats)  # one channel
     assert net.training
-    with pytest.raises(ValueError, match="no pictures to evaluate"):
+    with pytest.raises(ValueError, match="no images to evaluate"):
         log_probabilities(net, tiny.test_images[:0], stats)
 
 
@@ -929,7 +929,7 @@ def test_silent_when_told_and_a_line_an_epoch_otherwise(tiny, tmp_path, capsys):
 # -------------------------------------------------------------------------------- real CIFAR-10
 
 
-def test_it_learns_from_real_pictures(real, tmp_path):
+def test_it_learns_from_real_images(real, tmp_path):
     """A few hundred steps must beat guessing by far; a wrong label or channel would not."""
     data = cifar10.load("cifar10", limit=2000)
     recipe = get_recipe("quick", epochs=3, batch_size=32)
@@ -959,7 +959,7 @@ def test_every_build_trains_alike(tmp_path):
             "quick",
             epochs=4,
             batch_size=16,
-            grow=1.0,  # nowhere the whole pictures: it only has to learn, not to be good
+            grow=1.0,  # nowhere the whole images: it only has to learn, not to be good
             build=build,
             policy="reference",
         )

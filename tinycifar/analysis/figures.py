@@ -22,8 +22,8 @@ from matplotlib.transforms import Bbox
 from torch import nn
 
 import augment
-import cifar10
-from analysis.measures import (
+import tinycifar.data as cifar10
+from tinycifar.analysis.measures import (
     augmented,
     calibration,
     check_at_least,
@@ -31,7 +31,7 @@ from analysis.measures import (
     effective_receptive_field,
     share_within,
 )
-from analysis.runs import (
+from tinycifar.analysis.runs import (
     Predictions,
     Run,
     as_list,
@@ -46,11 +46,11 @@ from analysis.runs import (
     val_accuracies,
     variation_name,
 )
-from analysis.tables import mean_std
-from recipes import Recipe, check_choice
+from tinycifar.analysis.tables import mean_std
+from tinycifar.recipes import Recipe, check_choice
 from tiny_cifar10_net import Field, layer_costs, receptive_field
 
-PICTURE = 32  # side of a picture of CIFAR-10, in pixels
+IMAGE_SIDE = 32  # side of a image of CIFAR-10, in pixels
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color, 2008).
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -102,7 +102,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 @_styled
 def plot_class_counts(data: cifar10.Data) -> Figure:
-    """How many pictures of each class there are for training and for testing."""
+    """How many images of each class there are for training and for testing."""
     figure, axes = plt.subplots(figsize=(8, 3.6))
     position, height = np.arange(len(data.classes)), 0.4
     parts = (("train", data.train_labels, BLUE), ("test", data.test_labels, ORANGE))
@@ -116,22 +116,22 @@ def plot_class_counts(data: cifar10.Data) -> Figure:
     axes.margins(x=0.1)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("pictures")
+    axes.set_xlabel("images")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    axes.set_title(f"Pictures per class · {data.title}")
+    axes.set_title(f"Images per class · {data.title}")
     return figure
 
 
 @_styled
 def plot_samples(data: cifar10.Data, per_class: int = 8) -> Figure:
-    """The first `per_class` training pictures of each class, a row a class."""
+    """The first `per_class` training images of each class, a row a class."""
     check_at_least("per_class", per_class, 1)
     rows = [data.train_images[data.train_labels == c] for c in range(len(data.classes))]
     per_class = min(per_class, *map(len, rows))
     size = (max(4.5, 0.62 * per_class + 1.2), 0.62 * len(rows) + 0.6)
     figure, axes = plt.subplots(figsize=size)
     _draw_mosaic(axes, np.stack([row[:per_class] for row in rows]), data.classes)
-    figure.suptitle(_wrapped(f"Training pictures · {data.title}", figure))
+    figure.suptitle(_wrapped(f"Training images · {data.title}", figure))
     return figure
 
 
@@ -143,14 +143,14 @@ def plot_augmentations(
     n: int = 6,
     seed: int = 0,
 ) -> Figure:
-    """The first `n` training pictures under each policy, once for each build.
+    """The first `n` training images under each policy, once for each build.
 
     Args:
         policies: names in `augment.POLICIES`; None is all.
         builds: names in `augment.BUILDS`; None is all.
-        n: how many pictures.
+        n: how many images.
         seed: another one draws other augmentations. The builds draw differently from the same
-            seed: they agree in distribution, picture by picture only where nothing is random.
+            seed: they agree in distribution, image by image only where nothing is random.
 
     Raises:
         ValueError: an unknown policy or build. ImportError: a build's library isn't there.
@@ -190,11 +190,11 @@ def plot_receptive_field(model: nn.Module) -> Figure:
         axes.hlines(undilated, *ends, color=BLACK, linewidth=2, label="the same without dilation")
         last = {"ha": "center", "va": "top", "color": "white", "fontsize": 9}
         axes.text(position[-1], undilated[-1] - 0.8, undilated[-1], **last)
-    axes.axhline(PICTURE, color=BLACK, linestyle="--", linewidth=1)
-    axes.text(-0.35, PICTURE + 0.7, f"side of a picture: {PICTURE} px", fontsize=9)
+    axes.axhline(IMAGE_SIDE, color=BLACK, linestyle="--", linewidth=1)
+    axes.text(-0.35, IMAGE_SIDE + 0.7, f"side of a image: {IMAGE_SIDE} px", fontsize=9)
     axes.set_xticks(position, [_field_label(f) for f in fields], fontsize=8, va="top")
     axes.grid(axis="x", visible=False)
-    axes.set_ylim(0, max(PICTURE, sides.max()) * 1.12)
+    axes.set_ylim(0, max(IMAGE_SIDE, sides.max()) * 1.12)
     axes.set_ylabel("receptive field, px")
     axes.legend(loc="upper left")
     name = type(model).__name__
@@ -206,7 +206,7 @@ def plot_receptive_field(model: nn.Module) -> Figure:
 def plot_costs(model: nn.Module) -> Figure:
     """Parameters, multiply-adds and activations by stage, coloured by the kind of layer.
 
-    For one 32 x 32 picture. Activations are the values that the layers put out: what a training
+    For one 32 x 32 image. Activations are the values that the layers put out: what a training
     step has to write, read and keep, and what bounds it where there are few multiply-adds.
     """
     costs = layer_costs(model)
@@ -241,9 +241,9 @@ def plot_costs(model: nn.Module) -> Figure:
 def plot_history(runs: Run | Iterable[Run]) -> Figure:
     """Loss, accuracy and learning rate by epoch; runs alike but for their seed share a colour.
 
-    Dashed is training, on the pictures as they were augmented (and shrunk); solid is what selects
+    Dashed is training, on the images as they were augmented (and shrunk); solid is what selects
     the epoch (validation or, said plainly, test); a star marks the selected epoch of a finished
-    run. Dotted: from here on the pictures of training are larger, those that select always whole.
+    run. Dotted: from here on the images of training are larger, those that select always whole.
 
     Raises:
         ValueError: no run at all.
@@ -305,7 +305,7 @@ def plot_confusion(predictions: Predictions) -> Figure:
     figure, axes = plt.subplots(figsize=(7.5, 6.4))
     mistakes = np.ma.masked_where(np.eye(len(classes), dtype=bool), shares)
     highest = max(1.0, float(mistakes.max()))  # what is right would leave no colour to the rest
-    picture = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=highest)
+    image = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=highest)
     for i, j in np.argwhere(counts):
         colour = "white" if i != j and shares[i, j] > 0.6 * highest else "black"
         axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=9)
@@ -314,7 +314,7 @@ def plot_confusion(predictions: Predictions) -> Figure:
     axes.grid(False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    figure.colorbar(picture, label="mistakes, share of the true class, %", shrink=0.8)
+    figure.colorbar(image, label="mistakes, share of the true class, %", shrink=0.8)
     figure.suptitle(_wrapped(f"Confusion matrix · {predictions.title}", figure))
     return figure
 
@@ -346,7 +346,7 @@ def plot_per_class(predictions: Predictions) -> Figure:
 
 @_styled
 def plot_mistakes(predictions: Predictions, n: int = 16) -> Figure:
-    """The `n` pictures that the network gets wrong and is surest of, surest first."""
+    """The `n` images that the network gets wrong and is surest of, surest first."""
     check_at_least("n", n, 1)
     labels, predicted, classes = predictions.labels, predictions.predicted, predictions.classes
     confidence = np.exp(predictions.log_p.max(axis=1))
@@ -404,9 +404,9 @@ def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
 def plot_effective_receptive_field(
     source: Run | nn.Module, data: cifar10.Data, n: int = 64
 ) -> Figure:
-    """The effective receptive field beside the theoretical one and the picture.
+    """The effective receptive field beside the theoretical one and the image.
 
-    It is measured on the first `n` test pictures, each continued by reflection on all sides, so
+    It is measured on the first `n` test images, each continued by reflection on all sides, so
     that the theoretical field fits in.
 
     Args:
@@ -417,14 +417,14 @@ def plot_effective_receptive_field(
     model, title = (load_model(source), source.title) if is_run else (source, data.title)
     stats = cifar10.channel_stats(data.train_images)
     mean, std = getattr(model, "mean", None) or stats.mean, getattr(model, "std", None) or stats.std
-    theoretical, margin = receptive_field(model)[-1].field, PICTURE // 2
+    theoretical, margin = receptive_field(model)[-1].field, IMAGE_SIDE // 2
     around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
     images = np.pad(data.test_images[:n], around, mode="reflect")
     field = effective_receptive_field(model, images, mean, std)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
     _draw_field(left, field, theoretical, margin)
     _draw_shares(right, field, theoretical)
-    over = f"{counted(len(images), 'picture')}, continued by reflection"
+    over = f"{counted(len(images), 'image')}, continued by reflection"
     what = f"Effective receptive field over {over}"
     figure.suptitle(_wrapped(f"{what} · {title}", figure))
     return figure
@@ -470,7 +470,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     Only finished runs on the whole of CIFAR-10 are comparable; a note says how many were left out.
 
     Args:
-        cost: parameters, or multiply_adds (of one picture), as far as their authors tell.
+        cost: parameters, or multiply_adds (of one image), as far as their authors tell.
 
     Raises:
         ValueError: another cost.
@@ -495,7 +495,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.margins(x=0.12, y=0.08)
-    names = {"parameters": "trainable parameters", "multiply_adds": "multiply-adds a picture"}
+    names = {"parameters": "trainable parameters", "multiply_adds": "multiply-adds a image"}
     axes.set_xlabel(names[cost])
     axes.set_ylabel("test accuracy, %")
     left_out = sum(not comparable(run) for run in runs)
@@ -538,7 +538,7 @@ def _rates(run: Run) -> str:
 
 
 def _sides(run: Run) -> dict[int, int]:
-    """The side of the training pictures, in pixels, by the epoch that it first comes with."""
+    """The side of the training images, in pixels, by the epoch that it first comes with."""
     growth = {name: run.recipe[name] for name in ("epochs", "start_side", "grow")}
     recipe = Recipe("", **growth)
     sides = {}
@@ -549,7 +549,7 @@ def _sides(run: Run) -> dict[int, int]:
 
 
 def _draw_growth(axes: Axes, sides: dict[int, int], colour, *, named: bool) -> None:
-    """A line where the training pictures become larger; with their sides written above."""
+    """A line where the training images become larger; with their sides written above."""
     for epoch, side in sides.items() if len(sides) > 1 else ():
         if epoch > 1:
             axes.axvline(epoch - 0.5, color=colour, linestyle=":", linewidth=1)
@@ -571,12 +571,12 @@ def _colours(n: int) -> list:
     return list(COLOURS[:n]) if n <= len(COLOURS) else list(plt.cm.viridis(np.linspace(0, 0.9, n)))
 
 
-def _draw_mosaic(axes: Axes, pictures: np.ndarray, names: Sequence[str], gap: int = 2) -> None:
-    """Pictures (rows, columns, H, W, 3) as one image, with a name for each row."""
-    rows, columns, height, width, _ = pictures.shape
-    white = 255 if pictures.dtype == np.uint8 else 1.0
+def _draw_mosaic(axes: Axes, images: np.ndarray, names: Sequence[str], gap: int = 2) -> None:
+    """Images (rows, columns, H, W, 3) as one image, with a name for each row."""
+    rows, columns, height, width, _ = images.shape
+    white = 255 if images.dtype == np.uint8 else 1.0
     padding = ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0))
-    tiles = np.pad(pictures, padding, constant_values=white).swapaxes(1, 2)
+    tiles = np.pad(images, padding, constant_values=white).swapaxes(1, 2)
     axes.imshow(tiles.reshape(rows * (height + gap), columns * (width + gap), 3)[:-gap, :-gap])
     axes.set_yticks(height / 2 + np.arange(rows) * (height + gap), names)
     axes.set_xticks([])
@@ -594,12 +594,12 @@ def _layer_kind(layer: nn.Module) -> str:
 
 
 def _jumps_before(fields: Sequence[Field]) -> np.ndarray:
-    """How far apart, in pixels of the picture, the positions are that each layer reads."""
+    """How far apart, in pixels of the image, the positions are that each layer reads."""
     return np.array([f.jump // f.stride for f in fields])
 
 
 def _described(policy: augment.Policy) -> str:
-    """What may happen to a picture, each with its probability, in a line."""
+    """What may happen to a image, each with its probability, in a line."""
     what = []
     if policy.flip:
         what.append(f"flip ({100 * policy.flip:g} %)")
@@ -654,7 +654,7 @@ def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict) -> None:
     if any(run.metrics and selects_on(run) for run in runs):
         entries["selected epoch"] = {"color": GREY, "marker": "*", "ls": "", "markersize": 11}
     if any(len(_sides(run)) > 1 for run in runs):
-        entries["training pictures grow"] = {"color": GREY, "linestyle": ":"}
+        entries["training images grow"] = {"color": GREY, "linestyle": ":"}
     handles = [Line2D([], [], label=label, **look) for label, look in entries.items()]
     columns = len(entries) if len(runs) == 1 else 2 if max(map(len, entries)) < 72 else 1
     figure.set_figheight(figure.get_figheight() + 0.21 * -(-len(entries) // columns))
@@ -678,12 +678,12 @@ def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) ->
     """The field in colour, on a logarithmic scale, as its rim is a thousand times weaker."""
     side, centre = len(field), len(field) // 2
     shown = field / field.max()
-    picture = axes.imshow(shown, cmap="magma", norm=LogNorm(1e-4, 1, clip=True))
-    axes.figure.colorbar(picture, ax=axes, label="gradient, relative to its peak", shrink=0.85)
+    image = axes.imshow(shown, cmap="magma", norm=LogNorm(1e-4, 1, clip=True))
+    axes.figure.colorbar(image, ax=axes, label="gradient, relative to its peak", shrink=0.85)
     look = {"fill": False, "linewidth": 1.6}
     corner, low = (margin - 0.5,) * 2, (centre - theoretical / 2,) * 2
-    square = Rectangle(corner, PICTURE, PICTURE, edgecolor="white", linestyle="--", **look)
-    axes.add_patch(square).set_label(f"the picture, {PICTURE} px")
+    square = Rectangle(corner, IMAGE_SIDE, IMAGE_SIDE, edgecolor="white", linestyle="--", **look)
+    axes.add_patch(square).set_label(f"the image, {IMAGE_SIDE} px")
     square = Rectangle(low, theoretical, theoretical, edgecolor=SKY, **look)
     axes.add_patch(square).set_label(f"theoretical field, {theoretical} px")
     axes.legend(loc="upper left", labelcolor="white", frameon=True, facecolor="#222222")

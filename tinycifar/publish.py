@@ -22,11 +22,11 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-import analysis
-import cifar10
-from recipes import RECIPES
+from tinycifar import analysis
+import tinycifar.data as cifar10
+from tinycifar.recipes import RECIPES
 from tiny_cifar10_net import load_pretrained
-from training import evaluate
+from tinycifar.training import evaluate
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
@@ -103,7 +103,7 @@ def compared_studies() -> dict[str, list[analysis.Run]]:
 
 
 def verify(runs: list[analysis.Run]) -> None:
-    """Evaluate the weights of each finished run on the real pictures, and compare with its metrics.
+    """Evaluate the weights of each finished run on the real images, and compare with its metrics.
 
     Raises:
         RuntimeError: some differ by more than 0.01 % of accuracy or 0.001 of loss; they are named.

@@ -2,20 +2,21 @@
 
     recipe = get_recipe("quick", epochs=20)
 
-`training.train` carries one out; `RECIPES` holds the presets.
+`training.train` carries one out; `RECIPES` holds the presets. What each field was measured to bring:
+docs/recipes.md.
 """
 
 from __future__ import annotations
 
-import numbers
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import augment
-import networks
+from tinycifar.checks import check_choice, check_flag, check_number, check_whole
+from tinycifar.networks import make_network
 
-__all__ = ["DEFAULTS", "RECIPES", "Recipe", "check_choice", "check_number", "get_recipe"]
+__all__ = ["RECIPES", "Recipe", "get_recipe", "in_full"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ class Recipe:
     momentum: float = 0.9  # sgd and muon
     weight_decay: float = 5e-4  # as sgd or adamw takes it; muon's weights shrink as fast as theirs
     decay_all: bool = True  # False: no decay on BatchNorm and biases
-    decay_depthwise: float = 1.0  # share of weight_decay on depthwise filters
-    dirac: bool = False  # depthwise filters, where there are any, start as chance plus the identity
-    whiten: bool = False  # first convolution starts as the pictures' principal patches
+    dirac: bool = False  # depthwise filters start as a random one plus the identity
 
     schedule: str = "plateau"  # plateau, one_cycle, cosine or constant
     warmup: float = 0.2  # one_cycle, cosine: share of all steps spent rising to lr
@@ -57,10 +56,9 @@ class Recipe:
 
     policy: str = "reference"  # a name in augment.POLICIES
     build: str = "batched"  # who makes the batches: batched, albumentations or torchvision
-    calm: float = 0.0  # the share of the epochs, at the end, that use the policy `light` instead
-    alternate_flip: bool = False  # mirror each picture in every second epoch, not at random
+    alternate_flip: bool = False  # mirror each image in every second epoch, not at random
 
-    start_side: int = 32  # pixels: pictures are shrunk to this side in the first epoch and grow
+    start_side: int = 32  # pixels: images are shrunk to this side in the first epoch and grow
     grow: float = 0.5  # to their own over this share of the epochs: cheap steps first
 
     network: str = "tiny"  # NetCIFAR10_Tiny; or the layout of a networks.BlueprintNet, which
@@ -70,59 +68,37 @@ class Recipe:
     separable: bool = True
     width: float = 1.0
 
-    def __post_init__(self):
-        for name, (kind, low, high) in _RANGES.items():
-            self._settle(name, kind, low, high)
-        for name, (kind, low, high) in _OPTIONAL_RANGES.items():
-            if getattr(self, name) is not None:
-                self._settle(name, kind, low, high, " or None")
-        for name in ("decay_all", "dirac", "whiten", "alternate_flip", "dilated", "separable"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        check_choice("optimizer", self.optimizer, ("sgd", "adamw", "muon", "muon_adamw"))
-        check_choice("schedule", self.schedule, ("plateau", "one_cycle", "cosine", "constant"))
-        check_choice("precision", self.precision, ("float32", "bfloat16"))
-        check_choice("build", self.build, augment.BUILDS)
+    def __post_init__(self) -> None:
+        for check, ranges in ((check_number, _NUMBERS), (check_whole, _WHOLE_NUMBERS)):
+            for name, (low, high, *none) in ranges.items():
+                value = getattr(self, name)
+                if value is not None or not none:
+                    value = check(name, value, low, high, *none)
+                    object.__setattr__(self, name, value)  # one of NumPy's as a plain one
+        for name in ("decay_all", "dirac", "alternate_flip", "dilated", "separable"):
+            check_flag(name, getattr(self, name))
+        for name, valid in _CHOICES.items():
+            check_choice(name, getattr(self, name), valid)
         if not isinstance(self.policy, str):
             raise ValueError(
                 f"policy must be the name of one in augment.POLICIES, where you can add your own; "
                 f"got {self.policy!r}"
             )
-        augment.get_policy(self.policy)
-        if self.network != "tiny":
-            networks.BlueprintNet(**self.model_options)
-        if not isinstance(self.teacher, str | None):
-            raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
-        if self.alternate_flip and (self.build != "batched" or not self._flips):
+        flips = augment.get_policy(self.policy).flip > 0
+        if self.alternate_flip and (self.build != "batched" or not flips):
             raise ValueError(
                 "alternate_flip takes build 'batched' and a policy that flips; got build "
                 f"{self.build!r} and policy {self.policy!r}"
             )
+        if self.network != "tiny":
+            make_network(10, self.model_options)  # raises if it can't be built
+        if not isinstance(self.teacher, str | None):
+            raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
         if not isinstance(self.name, str) or "/" in self.name or "\\" in self.name:
             raise ValueError(f"a recipe's name becomes a folder's: no slashes; got {self.name!r}")
 
-    def _settle(self, name: str, *limits) -> None:
-        object.__setattr__(self, name, check_number(name, getattr(self, name), *limits))
-
-    @property
-    def _flips(self) -> bool:
-        return augment.get_policy(self.policy).flip > 0
-
-    def policy_in(self, epoch: int) -> str:
-        """Name of the policy of this epoch, counted from 1: the end may be calmer.
-
-        The last epochs without strong augmentation: Ge et al. (2021, arXiv:2107.08430), and, for
-        mixing, Touvron et al. (2022, arXiv:2204.07118).
-        """
-        return "light" if epoch > self.epochs - round(self.calm * self.epochs) else self.policy
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """Names of all policies in use, sorted."""
-        return tuple(sorted({self.policy_in(1), self.policy_in(self.epochs)}))
-
     def side(self, epoch: int) -> int:
-        """Side of the pictures in this epoch, counted from 1: from start_side in steps of 8 to 32.
+        """Side of the images in this epoch, counted from 1: from start_side in steps of 8 to 32.
 
         Progressive resizing, as in fast.ai's DAWNBench entry (2018) and EfficientNetV2 (Tan and
         Le, 2021, arXiv:2104.00298): a quarter of the pixels is a quarter of the work. Few
@@ -134,58 +110,42 @@ class Recipe:
         return 32 if share == 1 else self.start_side + 8 * int(missing * share / 8)
 
     @property
-    def model_options(self) -> dict:
+    def model_options(self) -> dict[str, Any]:
+        """What `networks.make_network` makes the network from."""
         if self.network != "tiny":
             return {"layout": self.network, "skips": self.skips, "activation": self.activation}
         return {"dilated": self.dilated, "separable": self.separable, "width": self.width}
 
 
-_RANGES = {
-    "epochs": (int, 1, 10_000),
-    "batch_size": (int, 1, 50_000),
-    "lr": (float, 1e-8, 100),
-    "muon_lr": (float, 1e-8, 100),
-    "momentum": (float, 0, 0.9999),
-    "weight_decay": (float, 0, 1),
-    "decay_depthwise": (float, 0, 1),
-    "warmup": (float, 0, 0.9),
-    "plateau_factor": (float, 1e-4, 0.99),
-    "plateau_patience": (int, 0, 10_000),
-    "min_delta": (float, 0, 1),
-    "label_smoothing": (float, 0, 0.9),
-    "teaching": (float, 0, 1),
-    "temperature": (float, 0.1, 100),
-    "calm": (float, 0, 1),
-    "start_side": (int, 8, 32),
-    "grow": (float, 0, 1),
-    "width": (float, 0.05, 16),
+_WHOLE_NUMBERS: dict[str, tuple] = {
+    "epochs": (1, 10_000),
+    "batch_size": (1, 50_000),
+    "plateau_patience": (0, 10_000),
+    "stop_patience": (1, 10_000, "None"),
+    "start_side": (8, 32),
 }
-_OPTIONAL_RANGES = {"stop_patience": (int, 1, 10_000), "ema": (float, 0, 0.99999)}
-
-
-def check_number(
-    name: str, value: object, kind: type, low: float, high: float, alternative: str = ""
-) -> int | float:
-    """A number from `low` to `high`, one of NumPy's as a plain one.
-
-    Args:
-        kind: int takes whole numbers alone, float any real one.
-        alternative: what else the message is to offer.
-
-    Raises:
-        ValueError: it isn't; NaN, bools and strings aren't either.
-    """
-    number = isinstance(value, numbers.Integral if kind is int else numbers.Real)
-    if not number or isinstance(value, bool) or not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} must be {what} from {low} to {high}{alternative}; got {value!r}")
-    return value if isinstance(value, (int, float)) else kind(value)
-
-
-def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
-    """Raise a ValueError that lists the valid ones, unless `value` is one of them."""
-    if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(valid)}")
+_NUMBERS: dict[str, tuple] = {
+    "lr": (1e-8, 100),
+    "muon_lr": (1e-8, 100),
+    "momentum": (0, 0.9999),
+    "weight_decay": (0, 1),
+    "warmup": (0, 0.9),
+    "plateau_factor": (1e-4, 0.99),
+    "min_delta": (0, 1),
+    "label_smoothing": (0, 0.9),
+    "ema": (0, 0.99999, "None"),
+    "teaching": (0, 1),
+    "temperature": (0.1, 100),
+    "grow": (0, 1),
+    "width": (0.05, 16),
+}
+_CHOICES = {
+    "optimizer": ("sgd", "adamw", "muon", "muon_adamw"),
+    "schedule": ("plateau", "one_cycle", "cosine", "constant"),
+    "precision": ("float32", "bfloat16"),
+    "build": augment.BUILDS,
+}
+_CAN_BE_NONE = ("stop_patience", "ema", "teacher")
 
 
 # The published reference's, number for number.
@@ -218,11 +178,18 @@ _QUICK = replace(_TUNED, name="quick", epochs=8, warmup=0.25, start_side=16, gro
 RECIPES = {recipe.name: recipe for recipe in (_BASELINE, _QUICK, _TUNED, _SPRINT)}
 
 
-# What a recipe says where it isn't told, and what one meant before a field was there.
-DEFAULTS = asdict(Recipe(""))
+_DEFAULTS = asdict(Recipe(""))
+# Fields that were taken out, and the value that had no effect; runs trained with another keep it.
+_RETIRED = {"whiten": False, "decay_depthwise": 1.0, "calm": 0.0}
 
 
-def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
+def in_full(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as an older config.json has it, with today's fields, so that recipes compare."""
+    kept = {k: v for k, v in recipe.items() if k not in _RETIRED or v != _RETIRED[k]}
+    return _DEFAULTS | kept
+
+
+def get_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
     """A preset by name (or a Recipe as it is), with `changes` applied.
 
     None keeps what the recipe says, except where it says something itself: stop_patience, ema and
@@ -235,13 +202,11 @@ def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
         ValueError: unknown preset or field (the valid ones are listed), or a value out of range.
     """
     if not isinstance(recipe, Recipe):
-        check_choice("recipe", recipe, tuple(RECIPES))
+        check_choice("recipe", recipe, RECIPES)
         recipe = RECIPES[recipe]
-    valid = [f.name for f in fields(Recipe)]
     for name in changes:
-        check_choice("recipe field", name, valid)
-    optional = {*_OPTIONAL_RANGES, "teacher"}
-    changes = {k: v for k, v in changes.items() if v is not None or k in optional}
+        check_choice("recipe field", name, [field.name for field in fields(Recipe)])
+    changes = {k: v for k, v in changes.items() if v is not None or k in _CAN_BE_NONE}
     changed = {k: v for k, v in changes.items() if v != getattr(recipe, k)}
     if changed and "name" not in changes:
         settings = ",".join(f"{k}={v}" for k, v in sorted(changed.items()))

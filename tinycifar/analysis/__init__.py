@@ -1,4 +1,4 @@
-"""Run directories in; curves, tables and pictures out.
+"""Run directories in; curves, tables and images out.
 
     runs = find_runs("runs")
     show(runs_table(runs))                      # a table, in a notebook
@@ -9,7 +9,7 @@ Tables are markdown, and say the same however often they are made; figures are m
 say in their title on which data they rest. Nothing here trains, and nothing here writes.
 """
 
-from analysis.figures import (
+from tinycifar.analysis.figures import (
     plot_accuracy_vs_cost,
     plot_augmentations,
     plot_class_counts,
@@ -25,13 +25,13 @@ from analysis.figures import (
     plot_start,
     plot_study,
 )
-from analysis.measures import (
+from tinycifar.analysis.measures import (
     CalibrationBin,
     calibration,
     confusion_matrix,
     effective_receptive_field,
 )
-from analysis.runs import (
+from tinycifar.analysis.runs import (
     Network,
     Predictions,
     Run,
@@ -46,7 +46,7 @@ from analysis.runs import (
     published_run,
     published_study,
 )
-from analysis.tables import (
+from tinycifar.analysis.tables import (
     batch_check,
     choice_table,
     confusion_table,

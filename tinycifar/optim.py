@@ -1,4 +1,4 @@
-"""What a recipe's words stand for: first filters, optimizer, schedule and loss."""
+"""What a recipe's words stand for: initialisation, optimizers, schedules and loss."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
     LinearLR,
+    LRScheduler,
     OneCycleLR,
     ReduceLROnPlateau,
     SequentialLR,
 )
 
-import augment
-import cifar10
-from recipes import Recipe
-from tiny_cifar10_net import DepthwiseConv
+from tinycifar.acceleration import is_depthwise
+from tinycifar.recipes import Recipe
 
-__all__ = ["dirac", "distillation_loss", "loss", "optimizers", "schedule", "whiten"]
+__all__ = ["dirac", "distillation_loss", "loss", "optimizers", "schedule"]
 
 ADAM_BETAS = (0.9, 0.99)
 
@@ -35,11 +34,11 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
     """
     mixing = _mixing(model) if recipe.optimizer.startswith("muon") else []
     taken = {id(weight) for weight in mixing}
-    depthwise = {id(m.weight) for m in model.modules() if isinstance(m, DepthwiseConv)}
-    by_decay: dict[float, list] = {}
+    by_decay: dict[float, list[nn.Parameter]] = {}
     for p in model.parameters():
         if id(p) not in taken:
-            by_decay.setdefault(_decay(recipe, p, id(p) in depthwise), []).append(p)
+            spared = p.ndim == 1 and not recipe.decay_all  # BatchNorm's weights, and all biases
+            by_decay.setdefault(0.0 if spared else recipe.weight_decay, []).append(p)
     groups = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one call for all parameters
     lr, momentum = recipe.lr, recipe.momentum
@@ -59,7 +58,7 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
 def _mixing(model: nn.Module) -> list[Tensor]:
     """Weights of the convolutions that mix channels, but for the first and the head's."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [conv.weight for conv in convs[1:-1] if not isinstance(conv, DepthwiseConv)]
+    return [conv.weight for conv in convs[1:-1] if not is_depthwise(conv)]
 
 
 class _Muon(torch.optim.Muon):
@@ -87,49 +86,22 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
 
-def _decay(recipe: Recipe, parameter: Tensor, depthwise: bool) -> float:
-    if parameter.ndim == 1:  # BatchNorm's weights, and all biases
-        return recipe.weight_decay if recipe.decay_all else 0.0
-    return recipe.weight_decay * (recipe.decay_depthwise if depthwise else 1)
-
-
 def dirac(model: nn.Module) -> None:
-    """Have each depthwise filter start as chance plus the identity, so that it passes its input on.
+    """Dirac initialisation: add the identity to each depthwise filter, which then passes its input on.
 
     A chain of random filters blurs and mixes up what it is shown, and this network has no
     shortcuts around them. After Keller Jordan's airbench (arXiv:2404.00498), which does so with
     standard convolutions; see also Xiao et al. (2018, arXiv:1806.05393).
     """
     for module in model.modules():
-        if isinstance(module, DepthwiseConv):
+        if isinstance(module, nn.Conv2d) and is_depthwise(module):
             with torch.no_grad():
                 module.weight[:, :, 1, 1] += 1
 
 
-def whiten(conv: nn.Conv2d, images: Tensor, stats: cifar10.Stats) -> None:
-    """Set a first convolution's filters to the principal patches of `images`, and their negatives.
-
-    Each is divided by its standard deviation, so that inside the pictures its responses have
-    nearly the variance 1 and are uncorrelated. The strongest come first, for as many filters as
-    there are; more than all patches and their negatives stay as they were. After
-    tysam-code/hlb-CIFAR10 (2022) and Keller Jordan's airbench (arXiv:2404.00498), whose first
-    layer stays so. This one goes on learning, and as BatchNorm follows it, the length of a filter
-    only decides how fast.
-
-    Args:
-        images: uint8 (N, H, W, 3); some hundreds are plenty.
-    """
-    pixels = augment.Batched("none", stats.mean, stats.std)(images)
-    patches = F.unfold(pixels, conv.kernel_size).transpose(1, 2).flatten(0, 1).double()
-    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-    half = -(-conv.out_channels // 2)
-    scaled = (directions / (variances + 1e-3).sqrt()).T.flip(0)  # strongest first, one a row
-    filters = torch.cat((scaled[:half], -scaled[:half]))[: conv.out_channels]
-    with torch.no_grad():
-        conv.weight[: len(filters)] = filters.view(-1, *conv.weight.shape[1:]).float()
-
-
-def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
+def schedule(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> LRScheduler:
     """A torch scheduler: ReduceLROnPlateau steps once an epoch, the others once a batch."""
     total = recipe.epochs * steps_per_epoch
     rising = round(recipe.warmup * total)
@@ -158,7 +130,7 @@ def loss(
     Label smoothing after Szegedy et al. (2016, arXiv:1512.00567).
 
     Args:
-        teacher_log_p: a teacher's log-probabilities of the same pictures, (N, classes).
+        teacher_log_p: a teacher's log-probabilities of the same images, (N, classes).
     """
     smoothing, share = recipe.label_smoothing, recipe.teaching
     nll = F.nll_loss(log_p, labels)

@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-import run_directory
+from tinycifar import run_directory
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -112,7 +112,7 @@ def _execute(name: str, run_dir: Path, parameters: dict) -> None:
 
 
 def write_page(notebook: Path) -> Path:
-    """An executed notebook as one HTML file beside it, pictures inline, for any browser."""
+    """An executed notebook as one HTML file beside it, images inline, for any browser."""
     from nbconvert import HTMLExporter
 
     page = notebook.with_suffix(".html")
@@ -234,9 +234,9 @@ def _run_dir(names: list[str], settings: dict, extra: dict) -> Path:
 
 def _checked_run_dir(names: list[str], given: str, settings: dict, extra: dict) -> Path:
     """That folder, once it is known that training can use these settings, and there."""
-    import cifar10
-    import recipes
-    import training
+    import tinycifar.data as cifar10
+    from tinycifar import recipes
+    from tinycifar import training
 
     fields = recipes.Recipe.__dataclass_fields__
     changes = {k: v for k, v in extra.items() if k in fields and v is not None}

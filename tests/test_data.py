@@ -18,8 +18,8 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-import cifar10
-from cifar10 import DataError, channel_stats, load, split
+import tinycifar.data as cifar10
+from tinycifar.data import DataError, channel_stats, load, split
 
 # The stand-in's checksum, whatever the machine: cifar10.py says why the bits are the same.
 SHAPES_CHECKSUM = "94a898e2c093d77069150eaafd0bcd40240401698843c6074c99757f1880a1e9"

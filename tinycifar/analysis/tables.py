@@ -12,13 +12,13 @@ import numpy as np
 from torch import nn
 
 import augment
-import cifar10
-from analysis.measures import (
+import tinycifar.data as cifar10
+from tinycifar.analysis.measures import (
     check_at_least,
     confusion_matrix,
     normalised_moments,
 )
-from analysis.runs import (
+from tinycifar.analysis.runs import (
     Predictions,
     Run,
     as_list,
@@ -33,7 +33,7 @@ from analysis.runs import (
     val_accuracies,
     variation_name,
 )
-from recipes import Recipe
+from tinycifar.recipes import Recipe
 from tiny_cifar10_net import (
     Field,
     LayerCost,
@@ -42,7 +42,7 @@ from tiny_cifar10_net import (
     layer_costs,
     receptive_field,
 )
-from training import evaluate, train_index
+from tinycifar.training import evaluate, train_index
 
 
 def show(markdown: str) -> None:
@@ -104,7 +104,7 @@ def metrics_table(run: Run, times: bool = False) -> str:
         ("recipe", run.config["recipe"]["name"]),
         ("data", run.data_title),
         ("protocol", run.protocol),
-        ("pictures: train / selection / test", _split_sizes(run)),
+        ("images: train / selection / test", _split_sizes(run)),
         ("seed", run.config["seed"]),
     ]
     if run.metrics is None:
@@ -113,7 +113,7 @@ def metrics_table(run: Run, times: bool = False) -> str:
     m, where = run.metrics, selects_on(run)
     rows += [
         ("parameters", f"{m['params']:,}"),
-        ("multiply-adds per picture", f"{m['macs']:,}"),
+        ("multiply-adds per image", f"{m['macs']:,}"),
         ("epochs trained", m["epochs_run"]),
         ("selected epoch", f"{m['best_epoch']}, {f'by {where} loss' if where else 'the last'}"),
         ("training accuracy, as augmented", _percent(m["train_acc"])),
@@ -208,9 +208,9 @@ def choice_table(runs: Iterable[Run]) -> str:
     """What choosing the epoch is worth: the chosen epoch beside the last and the luckiest.
 
     A row for each (recipe, data, protocol) that chooses; means and standard deviations over its
-    seeds. Accuracies are those on the pictures that chose (by their loss): under `test-selected`,
-    the test pictures, and then "chosen − last" goes into the result. What stopping and a schedule
-    that watch the same pictures add to that doesn't show here.
+    seeds. Accuracies are those on the images that chose (by their loss): under `test-selected`,
+    the test images, and then "chosen − last" goes into the result. What stopping and a schedule
+    that watch the same images add to that doesn't show here.
     """
     groups, _ = grouped(as_list(runs))
     rows = [_choice_row(group) for group in groups if selects_on(group[0])]
@@ -286,10 +286,10 @@ def start_table(runs: Iterable[Run], epochs: int = 5) -> str:
 def fit_table(run: Run, data: cifar10.Data) -> str:
     """How well a run's network fits what it was trained on, beside what it hasn't seen.
 
-    Training pictures stand here twice: as they were fed, augmented and while the weights moved,
+    Training images stand here twice: as they were fed, augmented and while the weights moved,
     and whole, through the kept weights. A network that is right less often on these than on the
-    test pictures, or hardly more often, is short of fit, not of regularisation.
-    The first is a mean over all of them; the other rests on as many as there are test pictures.
+    test images, or hardly more often, is short of fit, not of regularisation.
+    The first is a mean over all of them; the other rests on as many as there are test images.
 
     Raises:
         ValueError: `data` isn't what the run was trained on.
@@ -298,7 +298,7 @@ def fit_table(run: Run, data: cifar10.Data) -> str:
     if run.metrics is None:
         return f"The run {run.name} isn't finished.\n"
     index = train_index(data, run.config["protocol"])
-    index = index[: len(data.test_labels)]  # as many as test pictures: enough, and soon done
+    index = index[: len(data.test_labels)]  # as many as test images: enough, and soon done
     loss, accuracy = evaluate(
         load_model(run), data.train_images[index], data.train_labels[index], run.stats
     )
@@ -317,8 +317,8 @@ def fit_table(run: Run, data: cifar10.Data) -> str:
         (name, f"{n:,}", _percent(right), "–" if loss is None else f"{loss:.4f}")
         for name, n, right, loss in rows
     ]
-    gap = f"Whole training pictures less test pictures: {accuracy - m['test_acc']:+.2f} points."
-    return f"{_table(('pictures', 'how many', 'accuracy', 'loss'), rows)}\n{gap}\n"
+    gap = f"Whole training images less test images: {accuracy - m['test_acc']:+.2f} points."
+    return f"{_table(('images', 'how many', 'accuracy', 'loss'), rows)}\n{gap}\n"
 
 
 def confusion_table(predictions: Predictions, top: int = 6) -> str:
@@ -341,7 +341,7 @@ def confusion_table(predictions: Predictions, top: int = 6) -> str:
 
 
 def layer_table(model: nn.Module) -> str:
-    """Output shape, parameters and multiply-adds of each layer on one 32 x 32 picture."""
+    """Output shape, parameters and multiply-adds of each layer on one 32 x 32 image."""
     costs = layer_costs(model)
     params, macs = _totals(costs)
     rows = []
@@ -355,7 +355,7 @@ def layer_table(model: nn.Module) -> str:
 
 
 def field_table(model: nn.Module) -> str:
-    """Growth of the receptive field, layer by layer, in pixels of the picture."""
+    """Growth of the receptive field, layer by layer, in pixels of the image."""
     header = ("layer", "kernel", "stride", "dilation", "output side", "jump", "receptive field")
     rows = [
         (f.name, f"{f.kernel} x {f.kernel}", f.stride, f.dilation, f.size, f.jump, f.field)
@@ -368,7 +368,7 @@ def separable_table(model: nn.Module) -> str:
     """Each separable block against a standard 3x3 convolution between the same channels.
 
     Of the blocks, weights of the convolutions only; the whole network with all that is in it,
-    BatchNorm too. The multiply-adds are those of one 32 x 32 picture.
+    BatchNorm too. The multiply-adds are those of one 32 x 32 image.
     """
     layers = {c.name: c for c in layer_costs(model)}
     rows, weights, macs = [], [], []  # the latter two: (separable, standard) for each block
@@ -410,18 +410,18 @@ def dilation_table(**options) -> str:
         whole = _sees_all(last)
         seen = f"{whole**2} of {last.size**2}"
         rows.append((label, f"{last.field} px", seen, f"{params:,}", f"{macs:,}"))
-    header = ("network", "receptive field", "positions that see the whole picture")
+    header = ("network", "receptive field", "positions that see the whole image")
     return _table((*header, "parameters", "multiply-adds"), rows)
 
 
-def _sees_all(last: Field, picture: int = 32) -> int:
-    """In how many positions along one side the last layer has the whole picture in view.
+def _sees_all(last: Field, image: int = 32) -> int:
+    """In how many positions along one side the last layer has the whole image in view.
 
     Position i is centred on pixel i * jump, with padding that keeps the size.
     """
     reach = last.field // 2
     centres = range(0, last.size * last.jump, last.jump)
-    return sum(c - reach <= 0 and c + reach >= picture - 1 for c in centres)
+    return sum(c - reach <= 0 and c + reach >= image - 1 for c in centres)
 
 
 # ---------------------------------------------------------------------------------- of augmentation
@@ -430,9 +430,9 @@ def _sees_all(last: Field, picture: int = 32) -> int:
 def batch_check(
     data: cifar10.Data, policy: str | augment.Policy, seed: int = 0, n: int = 10_000
 ) -> str:
-    """Channel mean and std of normalised training pictures: without augmentation, and with it.
+    """Channel mean and std of normalised training images: without augmentation, and with it.
 
-    Measured on the first `n` pictures, and normalised by the statistics of all, so that the first
+    Measured on the first `n` images, and normalised by the statistics of all, so that the first
     row must be close to 0 and 1.
     """
     check_at_least("n", n, 1)
@@ -444,7 +444,7 @@ def batch_check(
         mean, std = normalised_moments(data.train_images[:n], chosen, stats, seed)
         rows.append((label, *(f"{value:.3f}" for value in (*mean, *std))))
     header = ("policy", *(f"{what} {c}" for what in ("mean", "std") for c in "RGB"))
-    note = f"{data.title}: {len(data.train_images[:n]):,} normalised training pictures."
+    note = f"{data.title}: {len(data.train_images[:n]):,} normalised training images."
     return f"{note}\n\n{_table(header, rows)}"
 
 

@@ -10,11 +10,13 @@ Where shapes allow it, its input is added to its output (He et al., 2015, arXiv:
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_cifar10_net import DepthwiseConv, NetCIFAR10_Tiny, conv_block
+from tiny_cifar10_net import NetCIFAR10_Tiny, check_images, conv_block
+from tinycifar.checks import check_choice
 
 __all__ = ["BlueprintBlock", "BlueprintNet", "make_network"]
 
@@ -41,7 +43,8 @@ class BlueprintBlock(nn.Module):
     ):
         super().__init__()
         self.pw = nn.Conv2d(c_in, c_out, 1, bias=False)
-        self.dw = DepthwiseConv(c_out, stride, dilation)
+        around = {"padding": dilation, "dilation": dilation, "groups": c_out}
+        self.dw = nn.Conv2d(c_out, c_out, 3, stride, bias=False, **around)
         self.bn = nn.BatchNorm2d(c_out)
         self.act = ACTIVATIONS[activation](inplace=True)
         self.skip, self.stride, self.more = skip, stride, c_out - c_in
@@ -58,7 +61,7 @@ class BlueprintBlock(nn.Module):
 
 
 class BlueprintNet(nn.Module):
-    """(N, 3, H, W) normalised float pictures -> (N, num_classes) log-probabilities.
+    """(N, 3, H, W) normalised float images -> (N, num_classes) log-probabilities.
 
     Args:
         layout: the channels of the first, standard convolution, then those of each block, with
@@ -70,6 +73,10 @@ class BlueprintNet(nn.Module):
         ValueError: a layout that can't be read; an unknown activation or kind of skips.
     """
 
+    classes: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
     def __init__(
         self,
         num_classes: int = 10,
@@ -79,12 +86,8 @@ class BlueprintNet(nn.Module):
         activation: str = "relu",
     ):
         super().__init__()
-        if skips not in SKIPS or activation not in ACTIVATIONS:
-            raise ValueError(
-                f"skips must be one of {', '.join(SKIPS)} and activation one of "
-                f"{', '.join(ACTIVATIONS)}; got {skips!r} and {activation!r}"
-            )
-        self.classes = self.mean = self.std = None
+        check_choice("skips", skips, SKIPS)
+        check_choice("activation", activation, ACTIVATIONS)
         (channels, *_), *rest = read_layout(layout)
         self.stem = conv_block(3, channels)
         blocks = []
@@ -98,8 +101,8 @@ class BlueprintNet(nn.Module):
         self.head = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
         x = self.blocks(self.stem(x))
-        x = x.to(self.head.weight.dtype)  # the same, but in mixed precision
         return self.head(self.gap(x)).flatten(1).log_softmax(dim=1)
 
 
@@ -114,7 +117,7 @@ def read_layout(layout: str) -> list[tuple[int, int, int]]:
     return [tuple(int(part or 1) for part in word.groups()) for word in words]
 
 
-def make_network(num_classes: int, options: dict) -> nn.Module:
+def make_network(num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The network that a run's config.json describes under `model`."""
     kind = BlueprintNet if "layout" in options else NetCIFAR10_Tiny
     return kind(num_classes, **options)

@@ -1,4 +1,4 @@
-"""Images in: CIFAR-10, its built-in stand-in `shapes`, the split, exact channel statistics.
+"""Images in: CIFAR-10 or its built-in stand-in, the split, exact channel statistics.
 
     data = load()                                   # real CIFAR-10 where it can be had
     train, val = split(data.train_labels)           # 45,000 / 5,000, stratified
@@ -23,20 +23,27 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.hub import download_url_to_file
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
+from tinycifar.checks import check_choice, check_whole
+from tinycifar.paths import absolute
+from tinycifar.shapes import SHAPES, draw_shapes
+
 __all__ = [
     "CLASSES",
     "DATASETS",
-    "ROOT",
-    "SHAPES",
+    "PROTOCOLS",
     "Data",
     "DataError",
+    "DataSplits",
     "DataUnavailable",
     "Stats",
     "channel_stats",
@@ -45,8 +52,14 @@ __all__ = [
     "title",
 ]
 
-ROOT = Path(__file__).resolve().parent  # relative paths count from here, wherever a notebook runs
 DATASETS = ("auto", "cifar10", "shapes")
+PROTOCOLS = {
+    "val": "a tenth of the training set (5,000 of CIFAR-10's 50,000) is held back as validation, "
+    "and everything is chosen on it",
+    "full": "the whole training set, fixed epochs, last weights; nothing is chosen",
+    "test-selected": "the whole training set; schedule, stopping and epoch are chosen ON TEST, "
+    "as the published reference did",
+}
 CLASSES = (
     "airplane",
     "automobile",
@@ -60,18 +73,6 @@ CLASSES = (
     "truck",
 )
 SIZES = {"cifar10": 50_000, "shapes": 10_000}  # training images; a fifth as many for testing
-SHAPES = (
-    "disc",
-    "ring",
-    "crescent",
-    "square",
-    "frame",
-    "triangle",
-    "star",
-    "heart",
-    "cross",
-    "bars",
-)
 
 ANSWER_SECONDS = 5  # how long the host may take to send its first byte
 STALL_SECONDS = 15  # how long a download may stand still; with the above, an absent network
@@ -88,7 +89,7 @@ BANNER = """\
 ################################################################################
 #                                                                              #
 #   THIS IS NOT CIFAR-10.  It isn't here and can't be downloaded just now, so  #
-#   `shapes` takes its place: ten classes of pictures drawn by code.           #
+#   `shapes` takes its place: ten classes of images drawn by code.           #
 #   Nothing measured on them says anything about CIFAR-10.                     #
 #                                                                              #
 #   For the real data, set CIFAR10_ROOT to the folder that holds               #
@@ -123,12 +124,6 @@ class Data:
         """What every figure says about its data."""
         return title(self.name, self.limit)
 
-    @property
-    def validation(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `split` holds back of the training set: uint8 (V, 32, 32, 3) and int64 (V,)."""
-        held_back = split(self.train_labels)[1]
-        return self.train_images[held_back], self.train_labels[held_back]
-
 
 @dataclass(frozen=True)
 class Stats:
@@ -153,8 +148,8 @@ def load(
             within seconds; else it prints a banner and is "shapes".
         root: the folder that holds `cifar-10-batches-py`, or the archive
             `cifar-10-python.tar.gz`, or to which CIFAR-10 is downloaded. None is the
-            environment variable CIFAR10_ROOT, else `data`. A relative one counts from the
-            folder of this file.
+            environment variable CIFAR10_ROOT, else `data`. A relative one counts as in
+            `paths.absolute`.
         limit: use so many training images, the first of each class, and a fifth as many for
             testing; at least 100, so that 10 % for validation still hold every class.
         progress: show a bar on a terminal or in a notebook while downloading.
@@ -169,13 +164,13 @@ def load(
     _check_limit(limit, "shapes" if dataset == "shapes" else "cifar10")
     if dataset != "shapes":
         try:
-            return _pack("cifar10", CLASSES, _cifar10(_data_root(root), progress), limit)
+            return _pack("cifar10", CLASSES, _cifar10(data_root(root), progress), limit)
         except DataUnavailable:
             if dataset == "cifar10":
                 raise
         print(BANNER)
         _check_limit(limit, "shapes")
-    return _pack("shapes", SHAPES, _shapes(limit or SIZES["shapes"]), limit)
+    return _pack("shapes", SHAPES, draw_shapes(limit or SIZES["shapes"]), limit)
 
 
 def title(name: str, limit: int | None = None) -> str:
@@ -215,8 +210,8 @@ def split(
             f"{len(labels)} images of {len(classes)} classes can't be split: at least two of "
             "each class are needed."
         )
-    _check_whole("n_val", n_val, len(classes), len(labels) - len(classes))
-    _check_whole("seed", seed, 0, 2**32 - 1)
+    check_whole("n_val", n_val, len(classes), len(labels) - len(classes))
+    check_whole("seed", seed, 0, 2**32 - 1)
 
     # Largest remainders: the rounded shares add up to n_val.
     quota, remainder = np.divmod(counts * n_val, len(labels))
@@ -228,6 +223,48 @@ def split(
     for name, k in zip(classes, quota, strict=True):
         chosen[order[labels[order] == name][:k]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+class DataSplits:
+    """A data set as a protocol sees it: what trains, what selects, what tests.
+
+    Attributes:
+        data, protocol: what it was made from.
+        train: images uint8 (N, 32, 32, 3) and labels int64 (N,), all of the training set.
+        train_index: int64 (M,), sorted: which of these are trained on. (Indices, not copies: the
+            images of CIFAR-10 take 180 MB, once.)
+        selection: images and labels that schedule, stopping and the choice of the epoch may see;
+            None under `full`.
+        test: images and labels.
+        stats: of the images trained on.
+
+    Raises:
+        ValueError: an unknown protocol; see `split`.
+    """
+
+    def __init__(self, data: Data, protocol: str):
+        check_choice("protocol", protocol, PROTOCOLS)
+        self.data, self.protocol = data, protocol
+        images, labels = torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels)
+        self.train = images, labels
+        self.test = torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels)
+        self.train_index = torch.arange(len(labels))
+        self.selection: tuple[Tensor, Tensor] | None = None
+        if protocol == "val":
+            self.train_index, held_back = map(torch.from_numpy, split(data.train_labels))
+            self.selection = images[held_back], labels[held_back]
+        elif protocol == "test-selected":
+            self.selection = self.test
+
+    @cached_property
+    def stats(self) -> Stats:
+        return channel_stats(self.data.train_images, self.train_index.numpy())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many images each part has."""
+        selection = 0 if self.selection is None else len(self.selection[1])
+        return {"train": len(self.train_index), "selection": selection, "test": len(self.test[1])}
 
 
 def channel_stats(images: np.ndarray, index: np.ndarray | None = None) -> Stats:
@@ -271,15 +308,9 @@ def channel_stats(images: np.ndarray, index: np.ndarray | None = None) -> Stats:
     )
 
 
-def _check_whole(name: str, value: int, low: int, high: int) -> None:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low:,} to {high:,}, got {value!r}.")
-
-
 def _check_limit(limit: int | None, name: str) -> None:
     if limit is not None:
-        _check_whole(f"limit (on {name})", limit, 100, SIZES[name])
+        check_whole(f"limit (on {name})", limit, 100, SIZES[name])
 
 
 def _pack(name: str, classes: tuple, arrays: tuple[np.ndarray, ...], limit: int | None) -> Data:
@@ -304,8 +335,9 @@ def _first(images: np.ndarray, labels: np.ndarray, n: int) -> tuple[np.ndarray, 
 # -- CIFAR-10 --------------------------------------------------------------------------------------
 
 
-def _data_root(root: str | os.PathLike | None) -> Path:
-    return ROOT / Path(root or os.environ.get("CIFAR10_ROOT") or "data").expanduser()
+def data_root(root: str | os.PathLike | None = None) -> Path:
+    """The folder that `load` takes CIFAR-10 from: `root`, else CIFAR10_ROOT, else `data`."""
+    return absolute(root or os.environ.get("CIFAR10_ROOT") or "data")
 
 
 def _cifar10(root: Path, progress: bool) -> tuple[np.ndarray, ...]:
@@ -416,132 +448,3 @@ def _sweep(root: Path) -> None:
     for left in root.glob(PARTIAL + "*"):
         if time.time() - left.stat().st_mtime > 24 * 3600:
             shutil.rmtree(left, ignore_errors=True)
-
-
-# -- shapes ----------------------------------------------------------------------------------------
-# Only + - * / and square roots of random 24-bit fractions, in float32: operations that IEEE 754
-# rounds alike everywhere, so that every machine draws the same bits.
-
-CHUNK = 50  # images drawn at once, a multiple of 10; another number would draw other pictures
-
-
-def _shapes(n: int) -> tuple[np.ndarray, ...]:
-    """Training images and labels, test images and labels: the first n and n // 5 of two streams."""
-    return *_stream(1, n), *_stream(2, n // 5)
-
-
-def _stream(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first n pictures drawn from a seed, and their labels 0 1 .. 9 0 1 .."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    images = np.concatenate([_draw(rng) for _ in range(0, n, CHUNK)])
-    return images[:n], np.arange(n, dtype=np.int64) % 10
-
-
-def _draw(rng: np.random.Generator) -> np.ndarray:
-    """CHUNK pictures, uint8 (CHUNK, 32, 32, 3); the classes take turns."""
-    clouds = _clouds(rng)
-    back = _uniform(rng, 0, 1, 3)
-    # Half-way round from the background in every channel, within 0.15: always seen, any hue.
-    fore = (back + _uniform(rng, 0.35, 0.65, 3)) % 1
-    picture = back + 0.5 * clouds
-
-    u, v = _coordinates(rng, count=4, spread=16, smallest=1.5, largest=3.5)
-    spots = _coverage(_disc(u, v)).max(axis=1, keepdims=True)  # clutter, behind the shape
-    picture += spots * (_uniform(rng, 0, 1, 3) - picture)
-
-    u, v = _coordinates(rng, count=1, spread=5, smallest=8, largest=13)
-    depth = np.empty_like(u)
-    for label, inside in enumerate(INSIDE):
-        depth[label::10] = inside(u[label::10], v[label::10])
-    picture += _coverage(depth) * (fore + 0.25 * clouds[:, :, ::-1] - picture)
-
-    noise = rng.random(picture.shape, np.float32) - rng.random(picture.shape, np.float32)
-    pixels = np.clip(picture + 0.1 * noise, 0, 1) * 255 + 0.5
-    return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
-
-
-def _uniform(rng: np.random.Generator, low: float, high: float, count: int) -> np.ndarray:
-    """So many numbers for each picture, float32 (CHUNK, count, 1, 1)."""
-    return low + (high - low) * rng.random((CHUNK, count, 1, 1), np.float32)
-
-
-def _clouds(rng: np.random.Generator, cells: int = 3) -> np.ndarray:
-    """Soft patches of colour, -0.5..0.5: a coarse grid of random ones, interpolated linearly."""
-    knots = rng.random((CHUNK, 3, cells + 1, cells + 1), np.float32) - 0.5
-    cell, offset = np.divmod(np.arange(32, dtype=np.float32) * cells / 32, 1)
-    cell = cell.astype(int)
-    columns = knots[..., cell] * (1 - offset) + knots[..., cell + 1] * offset
-    offset = offset[:, None]
-    return columns[..., cell, :] * (1 - offset) + columns[..., cell + 1, :] * offset
-
-
-def _coordinates(
-    rng: np.random.Generator, count: int, spread: float, smallest: float, largest: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Every pixel as seen from a shape of radius 1: moved, turned and scaled at random.
-
-    Two arrays, float32 (CHUNK, count, 32, 32).
-    """
-    axis = np.arange(32, dtype=np.float32) - 15.5
-    x = axis - _uniform(rng, -spread, spread, count)
-    y = axis[:, None] - _uniform(rng, -spread, spread, count)
-    a, b = _uniform(rng, -1, 1, count), _uniform(rng, -1, 1, count)
-    scale = np.sqrt(a * a + b * b) * _uniform(rng, smallest, largest, count)
-    return (a * x + b * y) / scale, (a * y - b * x) / scale
-
-
-def _coverage(depth: np.ndarray) -> np.ndarray:
-    """How much of each pixel the shape covers, 0..1, from how deep inside it lies: soft edges."""
-    return np.clip(10 * depth + 0.5, 0, 1)
-
-
-# Each gives the depth inside the shape, negative outside, at (u, v) in units of the shape's radius.
-
-
-def _disc(u, v, radius=0.85):
-    return radius - np.sqrt(u * u + v * v)
-
-
-def _ring(u, v):
-    return 0.2 - abs(_disc(u, v, 0.75))
-
-
-def _crescent(u, v):
-    return np.minimum(_disc(u, v, 0.95), -_disc(u - 0.45, v, 0.75))
-
-
-def _square(u, v, side=0.75):
-    return side - np.maximum(abs(u), abs(v))
-
-
-def _frame(u, v):
-    return 0.17 - abs(_square(u, v, 0.65))
-
-
-def _triangle(u, v):
-    return 0.5 - np.maximum(v, 0.8660254 * abs(u) - 0.5 * v)
-
-
-def _star(u, v):
-    """A pentagram: all that lies beyond one at most of the five lines it is made of."""
-    normals = (0, -1), (0.9510565, -0.309017), (0.5877853, 0.809017)
-    normals += (-0.9510565, -0.309017), (-0.5877853, 0.809017)
-    return np.sort([0.309017 - x * u - y * v for x, y in normals], axis=0)[1]
-
-
-def _heart(u, v):
-    u = abs(u)
-    diamond = 0.70710678 * (0.75 - u - abs(v - 0.1))
-    return np.maximum(diamond, _disc(u - 0.375, v + 0.275, 0.53033))
-
-
-def _cross(u, v):
-    u, v = abs(u), abs(v)
-    return np.minimum(0.95 - np.maximum(u, v), 0.27 - np.minimum(u, v))
-
-
-def _bars(u, v):
-    return np.minimum(0.85 - abs(u), 0.2 - abs(abs(v) - 0.5))
-
-
-INSIDE = (_disc, _ring, _crescent, _square, _frame, _triangle, _star, _heart, _cross, _bars)

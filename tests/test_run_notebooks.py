@@ -8,9 +8,9 @@ from dataclasses import asdict
 import nbformat
 import pytest
 
-import run_directory
-import run_notebook
-from recipes import RECIPES
+from tinycifar import run_directory
+from tinycifar import notebooks
+from tinycifar.recipes import RECIPES
 from run_notebook import _literal, run_notebooks
 
 

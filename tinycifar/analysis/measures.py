@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import augment
-import cifar10
+import tinycifar.data as cifar10
 from tiny_cifar10_net import eval_mode
 
 
@@ -26,7 +26,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n: int) -> np.nd
     labels, predicted = np.asarray(labels), np.asarray(predicted)
     if labels.ndim != 1 or labels.shape != predicted.shape:
         raise ValueError(
-            "labels and predicted must be one class for each picture, of shape (N,); "
+            "labels and predicted must be one class for each image, of shape (N,); "
             f"got {labels.shape} and {predicted.shape}"
         )
     both = np.concatenate((labels, predicted))
@@ -94,16 +94,16 @@ def effective_receptive_field(
 ) -> np.ndarray:
     """How much each input pixel moves the centre of the last feature map: float64 (S, S).
 
-    The mean of |d(sum over channels of c4's output at its centre) / d(input)| over the pictures
+    The mean of |d(sum over channels of c4's output at its centre) / d(input)| over the images
     and the colour channels, from Luo et al., "Understanding the Effective Receptive Field in Deep
     Convolutional Neural Networks", 2016 (arXiv:1701.04128). For `NetCIFAR10_Tiny` it is centred
-    on pixel (S // 2, S // 2). Pictures larger than the theoretical field show all of it.
+    on pixel (S // 2, S // 2). Images larger than the theoretical field show all of it.
 
     Args:
         model: a network of stages c1 to c4; left as it was.
         images: uint8 (N, S, S, 3), N at least 1.
         mean, std: the channel statistics that it was trained with, of 0..1 pixels.
-        chunk: how many pictures at a time; a matter of memory only.
+        chunk: how many images at a time; a matter of memory only.
 
     Raises:
         ValueError: images of another dtype or shape.
@@ -143,7 +143,7 @@ def augmented(
 def normalised_moments(
     images: np.ndarray, policy: augment.Policy, stats: cifar10.Stats, seed: int
 ) -> np.ndarray:
-    """Mean and std of each channel of the augmented pictures: float64 (2, 3)."""
+    """Mean and std of each channel of the augmented images: float64 (2, 3)."""
     transform = augment.Batched(policy, stats.mean, stats.std)
     generator = torch.Generator().manual_seed(seed)
     sums = torch.zeros(2, 3, dtype=torch.float64)
@@ -155,7 +155,7 @@ def normalised_moments(
 
 
 def share_within(field: np.ndarray, side: int) -> float:
-    """Percent of the field's sum within a centred square; one of 32 px is the picture itself."""
+    """Percent of the field's sum within a centred square; one of 32 px is the image itself."""
     start = max(0, len(field) // 2 - side // 2)
     inside = slice(start, start + side)
     return 100 * field[inside, inside].sum() / field.sum()

@@ -5,9 +5,9 @@ import subprocess
 import pytest
 import yaml
 
-import sweep
-from recipes import RECIPES, get_recipe
-from study import ROOT, load_study
+from tinycifar import studies
+from tinycifar.recipes import RECIPES, get_recipe
+from tinycifar.studies import ROOT, load_study
 from tiny_cifar10_net import run_path
 
 SMALL = {
@@ -105,14 +105,14 @@ def test_a_study_may_say_things_once(write):
 
 def test_a_study_is_swept_into_a_table_and_kept(write, tmp_path, monkeypatch, capsys, tiny):
     study = write(seeds=[0], variations={"lr 0.1": {"lr": 0.1}})
-    train_many = sweep.train_many
+    train_many = studies.train_many
     monkeypatch.setattr(sweep, "train_many", lambda **a: train_many(**a | {"dataset": tiny}))
     command = ["--study", str(study), "--folder", str(tmp_path / "out")]
-    sweep.main(command)
+    studies.main(command)
     printed = capsys.readouterr().out
     assert "Is a higher rate better?" in printed and "| lr 0.1 | `lr=0.1` | n = 1 |" in printed
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"base-val-seed0", "lr_0.1-val-seed0"}
-    sweep.main(command)
+    studies.main(command)
     assert capsys.readouterr().out.count("kept") == 2
 
 
@@ -123,10 +123,10 @@ def test_a_failed_variation_leaves_the_table_of_the_others(
         seeds=[0],
         variations={"lr 0.1": {"lr": 0.1}, "too high": {"lr": 99, "schedule": "constant"}},
     )
-    train_many = sweep.train_many
+    train_many = studies.train_many
     monkeypatch.setattr(sweep, "train_many", lambda **a: train_many(**a | {"dataset": tiny}))
     with pytest.raises(SystemExit, match="1 of 3 runs failed"):
-        sweep.main(["--study", str(study), "--folder", str(tmp_path / "out")])
+        studies.main(["--study", str(study), "--folder", str(tmp_path / "out")])
     assert "| lr 0.1 | `lr=0.1` | n = 1 |" in capsys.readouterr().out
 
 
@@ -139,4 +139,4 @@ def test_make_refuses_settings_that_a_study_has_itself():
 def test_a_study_and_recipes_exclude_each_other(write):
     for more in (["quick"], ["--seeds", "1"], ["--protocol", "val"]):
         with pytest.raises(SystemExit, match="leave these out"):
-            sweep.main([*more, "--study", str(write())])
+            studies.main([*more, "--study", str(write())])

@@ -6,7 +6,8 @@ Randomness is keyed by (seed, epoch, batch or sample), never by which worker cam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,36 +16,37 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import augment
+from tinycifar.data import DataSplits
+from tinycifar.recipes import Recipe
 
-__all__ = ["Feed", "key", "make_feed", "resized"]
-
-
-def make_feed(recipe, seed, problem, device, workers) -> Feed:
-    """The feed that a recipe's `build` asks for; see `Feed` for what it takes."""
-    kind = _BatchedFeed if recipe.build == "batched" else _PerSampleFeed
-    return kind(recipe, seed, problem, device, workers)
+__all__ = ["BatchedLoader", "Loader", "PerSampleLoader", "key", "make_loader", "resized"]
 
 
-class Feed:
-    """Batches of normalised pictures and labels on the device, one epoch at a time.
+def make_loader(
+    recipe: Recipe, seed: int, splits: DataSplits, device: torch.device, workers: int = 0
+) -> Loader:
+    """The loader that a recipe's `build` asks for; see `Loader`."""
+    kind = BatchedLoader if recipe.build == "batched" else PerSampleLoader
+    return kind(recipe, seed, splits, device, workers)
+
+
+class Loader:
+    """Batches of normalised images and labels on the device, one epoch at a time.
 
     Args:
         recipe, seed: decide what comes, in which order, and how it is augmented.
-        problem: has the pictures and labels that train (`train`: uint8 (N, H, W, 3) and int64
-            (N,)), which of them to use (`train_index`) and their channel statistics (`stats`).
-        workers: loader processes, for the builds that take one picture at a time.
+        splits: has the images that train, and their channel statistics.
+        workers: loader processes, for the builds that take one image at a time.
     """
 
-    def __init__(self, recipe, seed, problem, device, workers):
-        self.recipe, self.seed, self.problem, self.device = recipe, seed, problem, device
+    def __init__(
+        self, recipe: Recipe, seed: int, splits: DataSplits, device: torch.device, workers: int
+    ):
+        self.recipe, self.seed, self.splits, self.device = recipe, seed, splits, device
+        self.transform = self.make_transform(recipe.policy, splits.stats.mean, splits.stats.std)
         self.workers = workers
-        stats = problem.stats
-        self.transforms = {
-            policy: self.transform(augment.get_policy(policy), stats.mean, stats.std)
-            for policy in recipe.policies
-        }
 
-    def transform(self, policy: augment.Policy, mean, std):
+    def make_transform(self, policy: str, mean: Sequence[float], std: Sequence[float]) -> Any:
         raise NotImplementedError
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,34 +58,33 @@ class Feed:
         raise NotImplementedError
 
     def __len__(self) -> int:
-        return math.ceil(len(self.problem.train_index) / self.recipe.batch_size)
+        return math.ceil(len(self.splits.train_index) / self.recipe.batch_size)
 
     def order(self, epoch: int) -> Tensor:
-        """The indices of this epoch's pictures, in the order in which they come."""
+        """The indices of this epoch's images, in the order in which they come: int64 (M,)."""
         generator = torch.Generator().manual_seed(key(self.seed, epoch))
-        index = self.problem.train_index
+        index = self.splits.train_index
         return index[torch.randperm(len(index), generator=generator)]
 
 
-class _BatchedFeed(Feed):
-    """The pictures live on the device; a whole batch is augmented there at once."""
+class BatchedLoader(Loader):
+    """The images live on the device; a whole batch is augmented there at once."""
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         super().__init__(*args)
-        self.images, self.labels = (t.to(self.device) for t in self.problem.train)
-        # Which pictures are mirrored in even epochs, where flips alternate.
+        self.images, self.labels = (t.to(self.device) for t in self.splits.train)
+        # Which images are mirrored in even epochs, where flips alternate.
         generator = torch.Generator().manual_seed(key(self.seed, 0, 0, 1))
         self.mirrored = torch.rand(len(self.labels), generator=generator) < 0.5
 
-    def transform(self, policy: augment.Policy, mean, std):
+    def make_transform(self, policy: str, mean: Sequence[float], std: Sequence[float]) -> Any:
         return augment.Batched(policy, mean, std).to(self.device)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        transform, size = self.transforms[self.recipe.policy_in(epoch)], self.recipe.batch_size
-        order = self.order(epoch)
+        size, order = self.recipe.batch_size, self.order(epoch)
         draws = torch.cat(
             [
-                transform.draw(
+                self.transform.draw(
                     len(index), torch.Generator().manual_seed(key(self.seed, epoch, batch))
                 )
                 for batch, index in enumerate(order.split(size))
@@ -91,29 +92,29 @@ class _BatchedFeed(Feed):
         )
         if self.recipe.alternate_flip:
             # After Keller Jordan (2024, arXiv:2404.00498): two epochs show both sides of each.
-            transform.set_flips(draws, self.mirrored[order] ^ bool(epoch % 2))
+            self.transform.set_flips(draws, self.mirrored[order] ^ bool(epoch % 2))
         # All of an epoch at once: each copy to a GPU is waited for.
         order, draws = order.to(self.device), draws.to(self.device)
         for index, drawn in zip(order.split(size), draws.split(size), strict=True):
-            yield transform.transform(self.images[index], drawn), self.labels[index]
+            yield self.transform.transform(self.images[index], drawn), self.labels[index]
 
 
-class _PerSampleFeed(Feed):
-    """One picture at a time, in a DataLoader: the reference's way, and the one people change."""
+class PerSampleLoader(Loader):
+    """One image at a time, in a DataLoader: the reference's way, and the one people change."""
 
-    def __init__(self, *args):
+    def __init__(self, *args: Any):
         super().__init__(*args)
-        # (epoch, index) of each picture, so that a worker knows which epoch it draws for.
+        # (epoch, index) of each image, so that a worker knows which epoch it draws for.
         self.items: list[tuple[int, int]] = []
         self.loader = DataLoader(
-            _KeyedDataset(*self.problem.train, self.transforms, self.recipe, self.seed),
+            _KeyedDataset(*self.splits.train, self.transform, self.seed),
             batch_size=self.recipe.batch_size,
             sampler=self.items,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
 
-    def transform(self, policy: augment.Policy, mean, std):
+    def make_transform(self, policy: str, mean: Sequence[float], std: Sequence[float]) -> Any:
         return augment.per_sample(policy, mean, std, self.recipe.build)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,18 +125,16 @@ class _PerSampleFeed(Feed):
 
 
 class _KeyedDataset(Dataset):
-    def __init__(self, images: Tensor, labels: Tensor, transforms: dict, recipe, seed: int):
-        self.images, self.labels = images, labels
-        self.transforms, self.recipe, self.seed = transforms, recipe, seed
+    def __init__(self, images: Tensor, labels: Tensor, transform: Any, seed: int):
+        self.images, self.labels, self.transform, self.seed = images, labels, transform, seed
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, i = item
-        transform = self.transforms[self.recipe.policy_in(epoch)]
-        return transform(self.images[i].numpy(), key(self.seed, epoch, i)), self.labels[i]
+        return self.transform(self.images[i].numpy(), key(self.seed, epoch, i)), self.labels[i]
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """Pictures (N, 3, 32, 32) at another side, every pixel of the original having its say."""
+    """Images (N, 3, 32, 32) at another side, every pixel of the original having its say."""
     if images.shape[-1] == side:
         return images
     return F.interpolate(images, (side, side), mode="bilinear", antialias=True)

@@ -17,13 +17,13 @@ import torch
 from scipy.stats import t
 
 import augment
-import cifar10
-import ingredients
-from analysis.measures import checked
-from recipes import DEFAULTS, RECIPES, Recipe
-from study import load_study
+import tinycifar.data as cifar10
+from tinycifar import optim
+from tinycifar.analysis.measures import checked
+from tinycifar.recipes import DEFAULTS, RECIPES, Recipe
+from tinycifar.studies import load_study
 from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
-from training import HISTORY_COLUMNS, PROTOCOLS, ROOT, log_probabilities
+from tinycifar.training import HISTORY_COLUMNS, PROTOCOLS, ROOT, log_probabilities
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PUBLISHED = RESULTS / "published.csv"
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def stats(self) -> cifar10.Stats:
-        """The channel mean and std that its pictures were normalised with."""
+        """The channel mean and std that its images were normalised with."""
         return cifar10.Stats(tuple(self.config["mean"]), tuple(self.config["std"]))
 
     @property
@@ -228,7 +228,7 @@ def _run_of_log(file: str, title: str, seed: int | str) -> Run:
 def plateau_rates(recipe: Recipe, losses: Sequence[float]) -> np.ndarray:
     """The learning rate at each epoch that a plateau recipe makes of those selection losses."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.lr)
-    schedule = ingredients.schedule(recipe, optimizer, steps_per_epoch=1)
+    schedule = optim.schedule(recipe, optimizer, steps_per_epoch=1)
     rates = []
     for loss in losses:
         rates.append(optimizer.param_groups[0]["lr"])
@@ -252,14 +252,14 @@ def load_model(run: Run) -> NetCIFAR10_Tiny:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says of some pictures, and what is true of them.
+    """What a network says of some images, and what is true of them.
 
     Attributes:
         log_p: log-probabilities (N, classes), N of 1 or more.
         images: uint8 (N, 32, 32, 3).
         labels: integers (N,).
         classes: names, by label.
-        title: whose predictions they are, of which pictures; every figure made of them says so.
+        title: whose predictions they are, of which images; every figure made of them says so.
 
     Raises:
         ValueError: log_p, images and labels that don't belong together.
@@ -278,19 +278,19 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """The likeliest class of each picture: integers (N,)."""
+        """The likeliest class of each image: integers (N,)."""
         return self.log_p.argmax(axis=1)
 
 
 def predictions(run: Run, data: cifar10.Data, part: str | None = None) -> Predictions:
-    """What the network of a run says of the test or the validation pictures.
+    """What the network of a run says of the test or the validation images.
 
     Args:
         part: test or validation; None is validation where the run has any, as whoever goes on to
             change something had better not know the test set.
 
     Raises:
-        ValueError: `data` isn't what the run was trained on; there are no validation pictures, as
+        ValueError: `data` isn't what the run was trained on; there are no validation images, as
             under other protocols than `val`; or a run that isn't finished is to be looked at on
             test, which would be choosing by it.
     """
@@ -304,11 +304,11 @@ def predictions(run: Run, data: cifar10.Data, part: str | None = None) -> Predic
         )
     if part == "validation" and selects_on(run) != "validation":
         protocol = run.config["protocol"]
-        raise ValueError(f"run {run.name} has no validation pictures: its protocol is {protocol}")
+        raise ValueError(f"run {run.name} has no validation images: its protocol is {protocol}")
     test = data.test_images, data.test_labels
     images, labels = data.validation if part == "validation" else test
     log_p = log_probabilities(load_model(run), images, run.stats).numpy()
-    return Predictions(log_p, images, labels, data.classes, f"{part} pictures · {run.title}")
+    return Predictions(log_p, images, labels, data.classes, f"{part} images · {run.title}")
 
 
 def require_its_data(run: Run, data: cifar10.Data) -> None:
@@ -429,16 +429,16 @@ class Gain(NamedTuple):
         return abs(self.points) > self.interval
 
 
-PRIOR = 10  # how many differences between seeds the count of pictures is worth, in `gains`
+PRIOR = 10  # how many differences between seeds the count of images is worth, in `gains`
 
 
 def gains(groups: list[list[Run]]) -> list[Gain]:
     """What each group but the first gains over the first.
 
     The spread over seeds is taken to be the same for all. A few seeds say little of it, and may
-    agree by chance: three of `tuned`'s to 0.08 points. But accuracy is counted on n pictures, and
+    agree by chance: three of `tuned`'s to 0.08 points. But accuracy is counted on n images, and
     networks that differ in their seed alone are right on different ones: with the accuracy p, by
-    p (1 - p) / 2n of variance, if about half of a picture's being right or wrong is the seed's
+    p (1 - p) / 2n of variance, if about half of a image's being right or wrong is the seed's
     doing (measured: 0.47 of it for `tuned`, 0.38 for `sprint`). This counts as much as PRIOR
     differences between seeds do (a moderated t-test: Smyth, 2004, doi 10.2202/1544-6115.1027):
 

@@ -1,0 +1,60 @@
+"""tinycifar: training, judging and using tiny networks for CIFAR-10.
+
+    from tinycifar import get_recipe, load_pretrained, load_run, predict, train, train_many
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinycifar.analysis import find_runs, load_run, load_runs
+    from tinycifar.data import load
+    from tinycifar.recipes import RECIPES, Recipe, get_recipe
+    from tinycifar.run_directory import RunError
+    from tinycifar.studies import train_many
+    from tinycifar.training import train
+    from tinycifar.weights import load_pretrained, predict
+
+# Name: the module that it is from, imported when the name is first asked for. So a part that needs
+# little, the command line's help or reading a run, doesn't wait for torch and matplotlib.
+_HOMES = {
+    "RECIPES": "recipes",
+    "Recipe": "recipes",
+    "RunError": "run_directory",
+    "find_runs": "analysis",
+    "get_recipe": "recipes",
+    "load": "data",
+    "load_pretrained": "weights",
+    "load_run": "analysis",
+    "load_runs": "analysis",
+    "predict": "weights",
+    "train": "training",
+    "train_many": "studies",
+}
+
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "RunError",
+    "find_runs",
+    "get_recipe",
+    "load",
+    "load_pretrained",
+    "load_run",
+    "load_runs",
+    "predict",
+    "train",
+    "train_many",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tinycifar' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tinycifar.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,415 @@
+"""What makes a training step fast and keeps it small, without a trace of it in the network.
+
+`accelerated(model)` is a twin of a network for training on a CPU: it shares the parameters and
+buffers, computes the same sums, and takes another way to some of them. `CompiledNetwork` runs it
+through torch.compile where that pays.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+import sys
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor, compile, nn
+from torch.func import functional_call
+from torch.nn.grad import conv2d_weight
+
+__all__ = [
+    "CompiledNetwork",
+    "DilatedDepthwise",
+    "Memory",
+    "MixedPrecision",
+    "NormReLU",
+    "StridedDepthwise",
+    "accelerated",
+    "is_depthwise",
+    "peak_memory",
+]
+
+PROGRAMS = 128  # one for each size of the images, in all runs of a process
+
+
+class CompiledNetwork:
+    """A network called through torch.compile, for batches of the shapes that are worth it.
+
+    Each shape is compiled by itself, which takes as long as some thousand steps save: so for whole
+    batches only, and only of the sides named. All others, such as the last batch of an epoch, run
+    as they are, and so does everything in eval mode, and everything where there is no compiler,
+    after a warning. Both ways give the same sums but for their last digits.
+
+    Args:
+        model: a network of (N, 3, side, side) batches, on its device already, since what is
+            compiled works on the tensors it has now; they stay its own.
+        batch_size: N of a whole batch.
+        sides: the sides, in pixels, that are compiled.
+        precision: in which the network trains, compiled or not; in eval mode it is the
+            parameters' own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int,
+        sides: Collection[int],
+        precision: torch.dtype = torch.float32,
+    ):
+        self.model, self.batch_size, self.sides = model, batch_size, set(sides)
+        # It warns of a CUDA toolkit without a GPU, which is of no concern here.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        eager = fast = model
+        if next(model.parameters()).device.type == "cpu":
+            eager = accelerated(model, precision, norms=False)
+            fast = accelerated(model, precision)
+        if precision != torch.float32:
+            eager, fast = MixedPrecision(eager, precision), MixedPrecision(fast, precision)
+        self.eager = eager
+        # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
+        self.program = compile(fast, dynamic=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if not self.model.training:
+            return self.model(images)
+        if len(images) != self.batch_size or images.shape[-1] not in self.sides:
+            return self.eager(images)
+        try:
+            with _compiling():
+                return self.program(images)
+        except Exception as error:
+            # A fault of the network's own shows again in the eager call.
+            output = self.eager(images)
+            self.sides = set()
+            warnings.warn(
+                f"torch.compile failed ({_reason(error)}): training goes on without, more slowly",
+                stacklevel=2,
+            )
+            return output
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """The compiler's settings as they have to be here; the caller's own programs keep theirs."""
+    # All networks of a process share a list of programs, which by default holds eight and then is
+    # no longer added to, without a word.
+    programs = torch._dynamo.config.patch(
+        recompile_limit=PROGRAMS, fail_on_recompile_limit_hit=True
+    )
+    # The backward pass with the forward: what fails, fails here, where it can be helped.
+    backward = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    with programs, backward:
+        yield
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line; torch's own message is a page."""
+    if " " in str(torch.__file__):
+        return "it can't from an environment whose path has a space in it"
+    lines = [line.strip() for line in str(error).splitlines() if "rror" in line or "No " in line]
+    return lines[0] if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------- the twin
+
+
+def accelerated(
+    model: nn.Module, precision: torch.dtype = torch.float32, norms: bool = True
+) -> nn.Module:
+    """A twin of `model` for training on a CPU, of the same parameters and buffers.
+
+    Depthwise convolutions whose gradients torch has no fast code for are replaced by ones that
+    have; and where all activations are ReLUs, each BatchNorm and its ReLU by one step.
+
+    Args:
+        precision: what passes between the layers, see `MixedPrecision`.
+        norms: False leaves the BatchNorms as they are: the joint step is for the compiler, and
+            slower without.
+
+    """
+    tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo=tensors).train()
+    norms = norms and _a_relu_follows_each_norm(model)
+    for parent in list(twin.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d) and is_depthwise(child):
+                setattr(parent, name, _fast_depthwise(child, precision))
+            elif norms and isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, NormReLU(child))
+            elif norms and isinstance(child, nn.ReLU):
+                setattr(parent, name, nn.Identity())
+    return twin
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether each of its filters sees one channel. (A network of one channel has none such.)"""
+    return conv.groups == conv.in_channels > 1
+
+
+def _a_relu_follows_each_norm(model: nn.Module) -> bool:
+    """As in all networks here that have no other activation."""
+    return not any(isinstance(m, (nn.SiLU, nn.GELU)) for m in model.modules())
+
+
+def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:
+    (stride, _), (dilation, _) = conv.stride, conv.dilation
+    if conv.kernel_size != (3, 3) or conv.bias is not None:
+        return conv
+    if dilation > 1 and stride == 1:
+        return DilatedDepthwise(conv)
+    if stride > 1 and dilation == 1 and precision == torch.bfloat16:
+        return StridedDepthwise(conv)
+    return conv
+
+
+class DilatedDepthwise(nn.Module):
+    """A dilated depthwise 3x3 convolution whose backward pass is fast on a CPU.
+
+    oneDNN, the library behind torch there, has no fast code for either gradient: measured, each
+    takes five to twenty times as long as the forward pass. But its input's is a dilated depthwise
+    convolution as well, with the filter turned about, for which there is fast code; and its
+    filter's is that of an undilated convolution of the d² images that every d-th pixel makes.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.dilation = conv.weight, conv.dilation[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Dilated.apply(x, self.weight, self.dilation)
+
+
+class _Dilated(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func, e.g. gradients image by image
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+        return _depthwise(x, weight, dilation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, ctx.dilation = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, weight), d = ctx.saved_tensors, ctx.dilation
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _depthwise(grad, weight.flip(2, 3), d)
+        if ctx.needs_input_grad[1]:
+            grad_weight = conv2d_weight(
+                _every(d, x), weight.shape, _every(d, grad), padding=1, groups=x.shape[1]
+            )
+        return grad_x, grad_weight, None
+
+
+class StridedDepthwise(nn.Module):
+    """A strided depthwise 3x3 convolution whose backward pass is fast on a CPU in bfloat16.
+
+    oneDNN has no fast code for its input's gradient there: measured, it takes fifty times as long
+    as in float32. But that is an undilated convolution of the output's gradient, spread out, with
+    the filter turned about.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.stride = conv.weight, conv.stride[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Strided.apply(x, self.weight, self.stride)
+
+
+class _Strided(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        return F.conv2d(x, weight, stride=stride, padding=1, groups=x.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, ctx.stride = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, weight), s = ctx.saved_tensors, ctx.stride
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            # Not in place, for torch.func's sake.
+            rows = torch.zeros_like(x[:, :, ::s]).slice_scatter(grad, 3, step=s)
+            spread = torch.zeros_like(x).slice_scatter(rows, 2, step=s)
+            grad_x = _depthwise(spread, weight.flip(2, 3), 1)
+        if ctx.needs_input_grad[1]:
+            grad_weight = conv2d_weight(
+                x, weight.shape, grad, stride=s, padding=1, groups=x.shape[1]
+            )
+        return grad_x, grad_weight, None
+
+
+def _every(d: int, x: Tensor) -> Tensor:
+    """The images that every d-th pixel makes, padded: (N, C, H, W) -> (N d², C, H/d, W/d)."""
+    n, c, h, w = x.shape
+    if h % d or w % d:
+        x = F.pad(x, (0, -w % d, 0, -h % d))
+    rows, columns = x.shape[2] // d, x.shape[3] // d
+    x = x.view(n, c, rows, d, columns, d).permute(0, 3, 5, 2, 4, 1)
+    return x.reshape(n * d * d, rows, columns, c).permute(0, 3, 1, 2)
+
+
+def _depthwise(x: Tensor, weight: Tensor, d: int) -> Tensor:
+    return F.conv2d(x, weight, padding=d, dilation=d, groups=x.shape[1])
+
+
+class NormReLU(nn.Module):
+    """A BatchNorm in training, and a ReLU: the same numbers with fewer passes over memory.
+
+    A net this small waits for memory. The compiler, left to itself, sums channel by channel,
+    eight at a time, and so goes through all images as often as there are eights; and backward it
+    reads the ReLU's output as well, only to see where that is zero.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, count = self.norm, x.numel() // x.shape[1]
+        y, mean, var = _NormReLU.apply(x, norm.weight, norm.bias, norm.running_mean, norm.eps)
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
+            norm.num_batches_tracked.add_(1)
+        return y
+
+
+class _NormReLU(torch.autograd.Function):
+    """relu(weight (x - mean) / std + bias); also the mean and the variance, both (C,).
+
+    x, which may be of lower precision than the rest, only rounds what is written to memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, guess: Tensor, eps: float):
+        # About a guess at the mean, lest the squares' sum lose digits where the mean is hundreds of
+        # standard deviations; in the first steps the guess is 0, and so, nearly, are the means.
+        centred = x - _spread(guess)
+        count = x.numel() // x.shape[1]
+        offset = _sum(centred) / count
+        # Rounding alone may take a constant channel's below 0, where there is no root.
+        var = (_sum(centred * centred) / count - offset * offset).clamp(min=0)
+        mean, scale = guess + offset, (var + eps).rsqrt()
+        gain = weight * scale
+        shift = bias - mean * gain
+        ctx.save_for_backward(x, mean, scale, gain, shift)
+        ctx.mark_non_differentiable(mean, var)
+        y = (x * _spread(gain) + _spread(shift)).relu()
+        return y.to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        x, mean, scale, gain, shift = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        grad = torch.where(x * _spread(gain) + _spread(shift) > 0, grad, 0).to(gain.dtype)
+        grad_bias = _sum(grad)
+        grad_weight = _sum(grad * (x - _spread(mean))) * scale
+        # Ioffe and Szegedy (2015, arXiv:1502.03167), as a straight line in grad and x. Times 1/n:
+        # the compiler repeats this for every pixel, and a division takes it much longer.
+        slope = -gain * scale * grad_weight * (1 / count)
+        constant = -gain * grad_bias * (1 / count) - mean * slope
+        grad_x = grad * _spread(gain) + x * _spread(slope) + _spread(constant)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
+
+
+def _spread(channels: Tensor) -> Tensor:
+    return channels.view(1, -1, 1, 1)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (C,): row by row first, which stay in the cache while all channels pass."""
+    return x.sum(dim=3).sum(dim=(0, 2))
+
+
+class MixedPrecision(nn.Module):
+    """A network that trains in another precision than its parameters have.
+
+    The images, all that passes between layers, the weights of convolutions as they are used, and
+    the gradients of all these are rounded. The parameters, BatchNorm's sums, pool and head aren't
+    (Micikevicius et al., 2018, arXiv:1710.03740; with bfloat16's exponents the loss needs no
+    scaling). What is kept for the backward pass takes half the space; faster on a CPU with AVX-512
+    BF16 or AMX.
+
+    Args:
+        model: takes batches (N, 3, H, W) and ends in `gap` and `head`; its parameters and buffers
+            are used as by a call of it.
+    """
+
+    def __init__(self, model: nn.Module, precision: torch.dtype):
+        super().__init__()
+        tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.model, self.precision = copy.deepcopy(model, memo=tensors), precision
+        self.model.gap = nn.Sequential(_Float32(), model.get_submodule("gap"))
+        self.rounded = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 4 and not name.startswith("head")
+        ]
+
+    def forward(self, images: Tensor) -> Tensor:
+        weights = {name: self.model.get_parameter(name).to(self.precision) for name in self.rounded}
+        return functional_call(self.model, weights, (images.to(self.precision),))
+
+
+class _Float32(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+class Memory:
+    """Has glibc keep large buffers that are freed, since the next step needs the same again.
+
+    By default each goes back to the kernel, and every page of it is faulted in again: measured, an
+    eighth of a step. Elsewhere than on glibc nothing happens.
+    """
+
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+    def __init__(self) -> None:
+        self.libc: ctypes.CDLL | None = None
+        try:
+            libc = ctypes.CDLL(None)
+            # An older glibc takes no more than half of its largest heap.
+            if any(libc.mallopt(self.M_MMAP_THRESHOLD, n) for n in (2_000_000_000, 2**25)):
+                libc.mallopt(self.M_TRIM_THRESHOLD, 2_000_000_000)
+            self.libc = libc
+        except (OSError, AttributeError, TypeError):
+            pass
+
+    def trim(self) -> None:
+        """Give all of it back: between epochs, as buffers of another size would come on top."""
+        if self.libc is not None:
+            self.libc.malloc_trim(0)
+
+
+def peak_memory() -> int | None:
+    """The most that this process has held in memory so far, in MiB; None where nobody counts.
+
+    Of a process that trains several runs, as a sweep's do, the most of all runs so far.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

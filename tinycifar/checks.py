@@ -1,0 +1,48 @@
+"""Checks of arguments: what is accepted, and the one sentence that says what isn't."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["check_choice", "check_flag", "check_number", "check_whole"]
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, other: str = "") -> Any:
+    """A real number from `low` to `high`, one of NumPy's as a plain one.
+
+    Args:
+        other: what else is accepted, for the message: "None".
+
+    Raises:
+        ValueError: it isn't one; NaN, bools and strings aren't either.
+    """
+    return _checked(name, value, numbers.Real, float, "a number", low, high, other)
+
+
+def check_whole(name: str, value: Any, low: int, high: float = math.inf, other: str = "") -> Any:
+    """The same for whole numbers."""
+    return _checked(name, value, numbers.Integral, int, "a whole number", low, high, other)
+
+
+def _checked(name, value, kind, plain, noun, low, high, other):
+    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:
+        return value if isinstance(value, (int, float)) else plain(value)
+    limits = f"of {low:,} or more" if high == math.inf else f"from {low:,} to {high:,}"
+    other = f" or {other}" if other else ""
+    raise ValueError(f"{name} must be {noun} {limits}{other}; got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def check_choice(name: str, value: Any, valid: Iterable[Any]) -> None:
+    """Raise a ValueError that lists the valid ones, unless `value` is one of them."""
+    valid = tuple(valid)
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(map(str, valid))}")

@@ -1,0 +1,105 @@
+"""What a network costs and sees: parameters, multiply-adds, receptive field."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Field", "LayerCost", "layer_costs", "receptive_field"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's price: trainable parameters, and multiply-adds for one image."""
+
+    name: str
+    kind: str
+    out_shape: tuple[int, ...]  # (C, H, W)
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """The receptive field after one layer, in pixels of the input image."""
+
+    name: str
+    kernel: int
+    stride: int
+    dilation: int
+    size: int  # side of the feature map
+    jump: int  # distance between neighbouring outputs
+    field: int  # side of the receptive field
+
+
+def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
+    """Parameters and multiply-adds of each convolution and BatchNorm, on (3, size, size) images.
+
+    Multiply-adds are counted in the convolutions alone, as is usual: in inference a BatchNorm
+    folds into the convolution before it.
+
+    Raises:
+        ValueError: a layer isn't called as a module, as those of a fused network.
+    """
+    rows = []
+    for name, module, out in _trace(model, size):
+        params = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        macs = 0
+        if isinstance(module, nn.Conv2d):
+            macs = module.weight.numel() * out.shape[-2] * out.shape[-1]
+        if params or macs:
+            rows.append(LayerCost(name, type(module).__name__, tuple(out.shape[1:]), params, macs))
+    return rows
+
+
+def receptive_field(model: nn.Module, size: int = 32) -> list[Field]:
+    """Growth of the receptive field, a row a convolution or pool, up to the global average pool.
+
+    Layer by layer field += (kernel - 1) * dilation * jump, then jump *= stride (Araujo et al.,
+    "Computing Receptive Fields of Convolutional Neural Networks", Distill, 2019). Holds for
+    networks that are one chain of square layers, as this one is.
+
+    Raises:
+        ValueError: a layer isn't called as a module, as those of a fused network.
+    """
+    rows: list[Field] = []
+    field = jump = 1
+    for name, module, out in _trace(model, size):
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            break
+        if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+            kernel, stride = _side(module.kernel_size), _side(module.stride)
+            dilation = _side(getattr(module, "dilation", 1))
+            field += (kernel - 1) * dilation * jump
+            jump *= stride
+            rows.append(Field(name, kernel, stride, dilation, out.shape[-1], jump, field))
+    return rows
+
+
+def _side(value: int | tuple[int, ...]) -> int:
+    return value if isinstance(value, int) else value[0]
+
+
+def _trace(model: nn.Module, size: int) -> list[tuple[str, nn.Module, Tensor]]:
+    """(name, leaf module, its output) in the order of execution; `model` itself is left alone."""
+    model = copy.deepcopy(model).cpu().eval()
+    seen: list[tuple[str, nn.Module, Tensor]] = []
+
+    def note(name):
+        return lambda module, _, out: seen.append((name, module, out))
+
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(note(name))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    missed = {n for n, m in model.named_modules() if m._parameters} - {n for n, *_ in seen}
+    if missed:
+        raise ValueError(
+            f"{type(model).__name__} runs {min(missed)} without calling it as a module, so that it "
+            "can't be seen: pass the network as it was before fuse"
+        )
+    return seen

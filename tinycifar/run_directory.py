@@ -1,0 +1,430 @@
+"""The files of a run: found by name, locked, written all or nothing, checked when read.
+
+A run directory holds
+
+    config.json    everything that decides the outcome, and where it was computed
+    history.csv    one row an epoch
+    last.pt        all that is needed to go on from here
+    best.pt        the weights of the selected epoch: a plain state_dict
+    metrics.json   written once, at the end
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+import torch
+
+import augment
+from tinycifar.data import PROTOCOLS, Data
+from tinycifar.paths import CHECKOUT, RESULTS, absolute
+from tinycifar.recipes import Recipe, in_full
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "FILES",
+    "HISTORY_COLUMNS",
+    "PRETRAINED",
+    "RunDirectory",
+    "RunError",
+    "conditions",
+    "find_run",
+    "identity",
+    "write_file",
+]
+
+FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
+HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
+# Preset: the published run, settled without the test set, whose weights go by its name.
+PRETRAINED = {
+    "tuned": "tuned-seed0",
+    "sprint": "sprint-seed0",
+    "quick": "quick",
+    "baseline": "baseline-val",
+}
+
+
+class RunError(RuntimeError):
+    """A run that can't start or go on; the message says what to do, and nothing was lost."""
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def find_run(run: str | os.PathLike[str]) -> Path:
+    """The run directory that is meant by `run`, wherever a run is asked for.
+
+    Args:
+        run: the name of a preset (its published run, see PRETRAINED), of a published run (a folder
+            of results/, or of one of its studies, "ablation/plateau-val-seed0"), or else the path
+            of any run directory, a relative one as in `paths.absolute`.
+
+    Raises:
+        FileNotFoundError: there is none; lists what there is.
+    """
+    name = os.fspath(run)
+    published = [RESULTS / PRETRAINED.get(name, name), RESULTS / "studies" / name]
+    for place in [*([] if ".." in Path(name).parts else published), absolute(name)]:
+        if (place / "config.json").is_file():
+            return place
+    there = {p.parent.name for p in RESULTS.glob("*/config.json")}
+    names = [name for name, folder in PRETRAINED.items() if folder in there]
+    names += sorted(there - set(names))
+    raise FileNotFoundError(
+        f"no run at {name!r}: expected the path of a run directory (it holds config.json, as "
+        f"train() writes it) or a published one: {', '.join(names) or '(there is none yet)'}"
+    )
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+class RunDirectory:
+    """The files of one run; `path` need not be there yet."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "metrics.json").is_file()
+
+    # What reads a file says its name when the file isn't what training wrote.
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds, its recipe with today's fields.
+
+        Raises:
+            FileNotFoundError: it isn't there. ValueError: it isn't that of a run.
+        """
+        needed = ("recipe", "seed", "protocol", "dataset", "split", "mean", "std", "classes")
+        config = self._read_json("config.json", needed)
+        if config["protocol"] not in PROTOCOLS:
+            raise ValueError(
+                f"{self.path / 'config.json'} names the protocol {config['protocol']!r}; expected "
+                f"one of {', '.join(PROTOCOLS)}: was it written by another version?"
+            )
+        return config | {"recipe": in_full(config["recipe"])}
+
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json holds.
+
+        Raises:
+            FileNotFoundError: the run isn't finished. ValueError: it isn't that of a run.
+        """
+        return self._read_json("metrics.json", ("test_acc", "params"))
+
+    def history(self) -> pd.DataFrame:
+        """history.csv: a row an epoch, the columns HISTORY_COLUMNS, float64, NaN where empty.
+
+        A run killed in its first epoch has none yet: no rows.
+
+        Raises:
+            ValueError: it can't be read.
+        """
+        import pandas as pd
+
+        file = self.path / "history.csv"
+        if not file.is_file():
+            return pd.DataFrame(columns=list(HISTORY_COLUMNS), dtype="float64")
+        try:
+            return pd.read_csv(file, encoding="utf-8")[list(HISTORY_COLUMNS)].astype("float64")
+        except (KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{file} can't be read ({reason}); expected numbers in {', '.join(HISTORY_COLUMNS)}"
+            ) from error
+
+    def checksum(self) -> str:
+        """sha256, hexadecimal, of the weights."""
+        return hashlib.sha256((self.path / "best.pt").read_bytes()).hexdigest()
+
+    def verify_weights(self) -> None:
+        """Raise a ValueError for weights other than those that the run was measured with."""
+        if not (self.is_finished and (self.path / "best.pt").is_file()):
+            return
+        if self.metrics().get("weights_sha256", self.checksum()) != self.checksum():
+            raise ValueError(
+                f"{self.path / 'best.pt'} is refused: its checksum isn't the one in metrics.json, "
+                "so it was changed since the run; get the file again, or train the run again"
+            )
+
+    def _read_json(self, name: str, needed: Sequence[str]) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON, as train() writes it: {error}") from error
+        missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+        if missing:
+            raise ValueError(f"{file} was not written by train(): it lacks {', '.join(missing)}")
+        return content
+
+    # For whoever trains.
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other processes off it; the lock dies with its process.
+
+        Raises:
+            RunError: another process has it, or a file is in the way. OSError: can't be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file, not a run directory: give another name")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"can't make the run directory {self.path}: {error.strerror}; name one that can be "
+                "written"
+            ) from error
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise RunError(
+                f"{self.path} is being trained by another process: wait for it or give another name"
+            ) from error
+        except NotImplementedError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def refuse_another(self, identity: dict[str, Any]) -> None:
+        """Raise a RunError if the run in this directory isn't the one that `identity` tells."""
+        if differences := self._differences(identity):
+            raise RunError(
+                f"{self.path} holds a run that differs: {'; '.join(differences)}. "
+                "Nothing was touched: give the same settings to go on, another name, "
+                "or FORCE=1 to replace it (of a sweep, remove the folder)"
+            )
+
+    def begin(self, config: dict[str, Any], identity: dict[str, Any], force: bool) -> None:
+        """Make the locked directory ready to train in: `config` becomes config.json.
+
+        With `force` a finished run, and another one than `identity` tells, is removed first. A run
+        that goes on under other conditions than it was begun with is told so in a warning.
+        """
+        if force and (self.is_finished or self._differences(identity)):
+            for name in reversed(FILES):  # config.json last: killed meanwhile, it says whose it was
+                (self.path / name).unlink(missing_ok=True)
+        self.refuse_another(identity)
+        if (self.path / "config.json").is_file():
+            _warn_if_elsewhere(self.config(), config)
+        else:
+            self.write_json("config.json", config)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write all of a file or nothing; see `write_file`."""
+        try:
+            write_file(self.path / name, content)
+        except OSError as error:
+            raise OSError(
+                f"{error}; the run is intact up to its last finished epoch: make room, then the "
+                "same command goes on"
+            ) from error
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def write_tensors(self, name: str, state: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.write(name, buffer.getvalue())
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """What last.pt holds, on the CPU; None where there is none yet.
+
+        Raises:
+            RunError: it is damaged, or was written by an earlier version.
+        """
+        file = self.path / "last.pt"
+        if not file.is_file():
+            return None
+        try:
+            state = torch.load(
+                io.BytesIO(file.read_bytes()), map_location="cpu", weights_only=True
+            )
+        except Exception as error:  # of a dozen kinds, as the damage has it
+            raise RunError(
+                f"{file} is damaged, so this run can't go on from it: put a whole copy there, or "
+                "remove it, and the same command begins again"
+            ) from error
+        if "optimizers" not in state:
+            raise RunError(
+                f"{self.path} was begun by an earlier version of this code: finish it with "
+                "that one, give another name, or remove the folder"
+            )
+        return state
+
+    def _differences(self, identity: dict[str, Any]) -> list[str]:
+        """In which fields the run that is there isn't the one meant.
+
+        A field that an older run doesn't have is taken as it is now.
+        """
+        if not (self.path / "config.json").is_file():
+            return []
+        try:
+            there = self.config()
+        except ValueError as error:
+            raise RunError(f"{error}: give another name, or remove it") from error
+        now = json.loads(json.dumps(identity))  # with lists for tuples, as it was read
+        return _unlike({k: there.get(k, now[k]) for k in now}, now)
+
+
+def _unlike(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line
+            for key in keys
+            for line in _unlike(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if old == new else [f"{name} is {old!r} there and {new!r} now"]
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write all of it or nothing: under a temporary name, synced, then renamed into place.
+
+    Raises:
+        OSError: it can't; what was there before still is.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"can't write {path}: {error.strerror}") from error
+
+
+# -------------------------------------------------------------------------------------- provenance
+
+
+def identity(recipe: Recipe, seed: int, protocol: str, data: Data) -> dict[str, Any]:
+    """What tells a run from any other: the fields of config.json that a resumed one must share.
+
+    Not the teacher's checksum once the teacher is gone: a finished run has no more need of it.
+    """
+    who = {
+        "recipe": asdict(recipe),
+        # What the name meant: augment.POLICIES can be changed.
+        "policies": {recipe.policy: asdict(augment.get_policy(recipe.policy))},
+        "seed": seed,
+        "protocol": protocol,
+        "dataset": data.name,
+        "limit": data.limit,
+        "data_sha256": data.checksum,
+        "teacher_sha256": None,
+    }
+    if recipe.teacher is not None:
+        try:
+            who["teacher_sha256"] = RunDirectory(find_run(recipe.teacher)).checksum()
+        except FileNotFoundError:
+            del who["teacher_sha256"]
+    return who
+
+
+# What changes the digits, beside the run's identity; on a GPU `device` names it.
+_CONDITIONS = (
+    "threads",
+    "instructions",
+    "device",
+    "torch",
+    "numpy",
+    "libraries",
+    "compile",
+    "git_commit",
+)
+
+
+def conditions(recipe: Recipe, device: torch.device, compile: bool | str) -> dict[str, Any]:
+    """Where and by what a run is computed: the fields of config.json that only describe."""
+    if device.type == "cuda":
+        name = f"{device}: {torch.cuda.get_device_name(device)}"
+    else:
+        name = f"{device}: {platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "libraries": _libraries(recipe),
+        "compile": compile,
+        "git_commit": _git_commit(),
+    }
+
+
+def _libraries(recipe: Recipe) -> dict[str, str | None]:
+    """Versions of what augments beside torch; None where it was installed under another name."""
+    builds = {
+        "albumentations": ("albumentations", "opencv-python-headless"),
+        "torchvision": ("torchvision",),
+    }
+    versions: dict[str, str | None] = {}
+    for name in builds.get(recipe.build, ()):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _warn_if_elsewhere(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """A run that goes on under other conditions is still good, but can't be repeated exactly."""
+    changed = [
+        f"{name} was {begun.get(name)} and is {now[name]}"
+        for name in _CONDITIONS
+        if begun.get(name, now[name]) != now[name]  # an older run didn't note all of them
+    ]
+    if changed:
+        warnings.warn(
+            f"this run was begun under other conditions ({'; '.join(changed)}): it goes on, and "
+            "may end with other digits than it would have",
+            stacklevel=4,
+        )
+
+
+@functools.cache  # the code that runs stays what was imported, whatever is committed meanwhile
+def _git_commit() -> str | None:
+    """The commit of this code, with `+` if tracked files other than results changed since.
+
+    None outside a checkout, also where the code lies within another project's repository.
+    """
+    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
+        return None
+
+    def git(*command: str) -> str:
+        command = ("git", "-C", str(CHECKOUT), *command)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", ".", ":(exclude)results")
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        return None
+    return commit + "+" if changed else commit

@@ -1,0 +1,609 @@
+"""A recipe in, a run directory out; resumable, and the same bits every time.
+
+    metrics = train("quick", "runs/mine", seed=1)
+
+What is to be trained is settled once, in `settle`; all else is handed the `Experiment` that it
+returns. `Trainer` is the loop. Randomness is keyed by (seed, epoch, batch or sample), never by
+which worker came first, so a run in one go, a run killed and resumed, and a run with other loader
+workers end with the same numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
+from tinycifar import optim
+from tinycifar.acceleration import CompiledNetwork, Memory, peak_memory
+from tinycifar.checks import check_choice, check_flag, check_whole
+from tinycifar.costs import layer_costs
+from tinycifar.data import PROTOCOLS, Data, DataSplits, load, title
+from tinycifar.evaluation import accuracy, evaluate, full_precision, log_probabilities
+from tinycifar.loaders import key, make_loader, resized
+from tinycifar.networks import make_network
+from tinycifar.paths import absolute
+from tinycifar.recipes import Recipe, get_recipe
+from tinycifar.run_directory import (
+    HISTORY_COLUMNS,
+    RunDirectory,
+    RunError,
+    conditions,
+    find_run,
+    identity,
+)
+from tinycifar.weights import load_pretrained
+
+__all__ = [
+    "Experiment",
+    "Trainer",
+    "check_settings",
+    "deterministic",
+    "pick_device",
+    "run_folder",
+    "settle",
+    "train",
+]
+
+# Deterministic algorithms of CUDA ask for it, before anything is multiplied on the GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# So many images of one size pay for compiling the network for it: measured on two cores, at any
+# size, that takes what 40,000 to 60,000 images save.
+COMPILE_FROM = 80_000
+
+Row = dict[str, Any]  # a row of history.csv
+OnEpoch = Callable[[Row], Any]
+
+
+# -------------------------------------------------------------------------------------- the door
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """What is to be trained, checked and settled: `settle` makes it."""
+
+    recipe: Recipe
+    seed: int
+    splits: DataSplits
+    device: torch.device
+    workers: int
+    compile: bool | str
+    teacher: Path | None  #: the run directory of the network to learn from
+    identity: dict[str, Any]  #: what tells this run from any other, see run_directory.identity
+
+    @property
+    def protocol(self) -> str:
+        return self.splits.protocol
+
+    def config(self) -> dict[str, Any]:
+        """What config.json is to hold."""
+        stats = self.splits.stats
+        return {
+            **self.identity,
+            "split": self.splits.sizes | {"seed": 0},
+            "mean": list(stats.mean),
+            "std": list(stats.std),
+            "classes": list(self.splits.data.classes),
+            "model": self.recipe.model_options,
+            **conditions(self.recipe, self.device, self.compile),
+        }
+
+
+def settle(
+    recipe: str | Recipe,
+    *,
+    seed: int = 0,
+    protocol: str = "val",
+    dataset: str | Data = "auto",
+    device: str = "auto",
+    workers: int = 0,
+    compile: bool | str = "auto",
+) -> Experiment:
+    """Check what `train` is given, and find the data, the device and the teacher.
+
+    Arguments, and what is raised: see `train`.
+    """
+    recipe = get_recipe(recipe)
+    check_settings(recipe, protocol, seed)
+    check_choice("compile", compile, (True, False, "auto"))
+    workers, seed = check_whole("workers", workers, 0, 64), check_whole("seed", seed, *SEEDS)
+    found = pick_device(device)
+    splits = DataSplits(dataset if isinstance(dataset, Data) else load(dataset), protocol)
+    if recipe.batch_size > len(splits.train_index):
+        raise ValueError(
+            f"batch_size must be a whole number from 1 to {len(splits.train_index)}, "
+            f"the number of training images; got {recipe.batch_size}"
+        )
+    return Experiment(
+        recipe,
+        seed,
+        splits,
+        found,
+        workers,
+        compile,
+        teacher=None if recipe.teacher is None else _find_teacher(recipe.teacher),
+        identity=identity(recipe, seed, protocol, splits.data),
+    )
+
+
+SEEDS = 0, 2**32 - 1  # the lowest and the highest
+
+
+def check_settings(recipe: str | Recipe, protocol: str, seed: int) -> None:
+    """Refuse with a ValueError what `train` would refuse, before anything else is done."""
+    recipe = get_recipe(recipe)
+    check_choice("protocol", protocol, PROTOCOLS)
+    check_whole("seed", seed, *SEEDS)
+    if recipe.schedule == "plateau" and protocol == "full":
+        raise ValueError(
+            f"recipe {recipe.name!r} has a plateau schedule, which needs a loss to watch, and "
+            "protocol 'full' has none: set schedule to one_cycle, cosine or constant"
+        )
+
+
+def run_folder(recipe: str | Recipe, protocol: str = "val", seed: int = 0) -> Path:
+    """Where a run goes unless told otherwise: runs/<recipe>-<protocol>-seed<seed>."""
+    return absolute("runs") / f"{get_recipe(recipe).name}-{protocol}-seed{seed}"
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA, else MPS, else the CPU; any other name must be there.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    here = {"cpu": True, "cuda": cuda, "mps": mps}
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in here:
+        raise ValueError(f"unknown device {name!r}; valid: auto, {', '.join(here)}")
+    too_high = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not here[device.type] or too_high:
+        raise ValueError(f"device {name!r} isn't there; use device='auto', which takes what is")
+    return device
+
+
+def _find_teacher(run: str) -> Path | None:
+    """The teacher's run directory; None where it is gone, which a finished run can bear."""
+    try:
+        return find_run(run)
+    except FileNotFoundError:
+        return None
+
+
+def require_teacher(experiment: Experiment) -> None:
+    """Refuse a teacher that can't teach this run.
+
+    Raises:
+        FileNotFoundError: there is no such run. RunError: it isn't finished, so that its weights
+        still change. ValueError: it may have seen what is held back here.
+    """
+    name, data = experiment.recipe.teacher, experiment.splits.data
+    if name is None:
+        return
+    run = RunDirectory(experiment.teacher or find_run(name))
+    if not run.is_finished:
+        raise RunError(f"teacher {name!r} isn't finished: finish its run first")
+    saw = run.config()
+    if (saw["protocol"], saw["data_sha256"]) != (experiment.protocol, data.checksum):
+        raise ValueError(
+            f"teacher {name!r} was trained under protocol {saw['protocol']!r} on "
+            f"{title(saw['dataset'], saw['limit'])}: it must be {experiment.protocol!r} on "
+            f"{data.title}, as here, so that it passes on nothing that is held back"
+        )
+
+
+# ----------------------------------------------------------------------------------------- train
+
+
+def train(
+    recipe: str | Recipe = "quick",
+    run_dir: str | Path | None = None,
+    *,
+    seed: int = 0,
+    protocol: str = "val",
+    dataset: str | Data = "auto",
+    device: str = "auto",
+    workers: int = 0,
+    force: bool = False,
+    progress: bool = True,
+    compile: bool | str = "auto",
+    on_epoch: OnEpoch | None = None,
+) -> dict[str, Any]:
+    """Train a network and write a run directory.
+
+    The same call again goes on where it was interrupted, and returns what it returned before once
+    the run is finished.
+
+    Args:
+        recipe: a name in RECIPES, or a Recipe.
+        run_dir: the run directory, a relative one as in `paths.absolute`; None: `run_folder(...)`.
+        seed: decides initial weights, order and augmentation; not the train/val split.
+        protocol: a name in PROTOCOLS.
+        dataset: a name for `data.load`, or what it returned.
+        device: auto (CUDA, else MPS, else CPU), or a torch device name.
+        workers: loader processes for the per-sample builds; changes the speed, not the bits.
+        force: begin again where a run is there that is finished, or another one.
+        progress: draw bars and print a line an epoch; False is silent.
+        compile: True uses torch.compile, False does without, "auto" compiles for image sizes
+            that the run feeds COMPILE_FROM images of. It changes the speed, and of the numbers
+            only what rounding changes; a resumed run is to have the same.
+        on_epoch: called with the row of history.csv after each epoch, those that a resumed run
+            finds done included; if it returns True the run ends there, as one that stopped early.
+            An exception that it raises ends the call and leaves the run unfinished.
+
+    Returns:
+        What metrics.json holds. Accuracies are percentages.
+
+    Raises:
+        ValueError: bad input. data.DataError: the data set can't be had. FileNotFoundError:
+        there is no such teacher. ImportError: the recipe's build is of a library that isn't
+        installed. RunError: the run directory holds another run, or the loss is no longer finite.
+        OSError: a file can't be written. In each case the run is intact up to its last finished
+        epoch.
+    """
+    check_flag("force", force)
+    experiment = settle(
+        recipe,
+        seed=seed,
+        protocol=protocol,
+        dataset=dataset,
+        device=device,
+        workers=workers,
+        compile=compile,
+    )
+    folder = experiment_folder(experiment) if run_dir is None else absolute(run_dir)
+    return run_experiment(experiment, RunDirectory(folder), force, progress, on_epoch)
+
+
+def experiment_folder(experiment: Experiment) -> Path:
+    return run_folder(experiment.recipe, experiment.protocol, experiment.seed)
+
+
+def run_experiment(
+    experiment: Experiment,
+    run: RunDirectory,
+    force: bool = False,
+    progress: bool = True,
+    on_epoch: OnEpoch | None = None,
+) -> dict[str, Any]:
+    """Train a settled experiment into a run directory; see `train`."""
+    if force or not run.is_finished:
+        require_teacher(experiment)  # what is refused leaves no folder behind
+    with run.locked(), deterministic(experiment.device):
+        if not force:
+            run.refuse_another(experiment.identity)
+            if run.is_finished:
+                if progress:
+                    print("This run is finished, and kept: FORCE=1 (force=True) trains it again.")
+                return run.metrics()
+        # Before anything is replaced: what can't be had, a library or memory, shows here.
+        require_teacher(experiment)
+        trainer = Trainer(experiment, progress)
+        run.begin(experiment.config(), experiment.identity, force)
+        try:
+            _fit(trainer, run, on_epoch)
+        except KeyboardInterrupt:
+            print(f"Interrupted: {run.path} is intact; the same command goes on from there.")
+            raise
+        except Diverged as error:
+            raise RunError(
+                f"{error}: training stopped there, and {run.path} is intact up to its last "
+                f"finished epoch; try another name with a lower lr ({_rates(experiment.recipe)})"
+            ) from error
+        metrics = {
+            "name": run.path.name,
+            **trainer.measure(),
+            "weights_sha256": run.checksum(),
+        }
+        run.write_json("metrics.json", metrics)
+        return metrics
+
+
+def _fit(trainer: Trainer, run: RunDirectory, on_epoch: OnEpoch | None) -> None:
+    """Train what is missing; after each epoch the run directory holds all there is."""
+    state = run.checkpoint()
+    if state is not None:
+        trainer.load_state_dict(state)
+        _write_derived(trainer, run)  # the kill may have come between last.pt and these
+    stop = [on_epoch(row) is True for row in trainer.history] if on_epoch else []
+    epochs = trainer.experiment.recipe.epochs
+    with _bar(total=epochs, unit="epoch", on=trainer.progress) as bar:
+        bar.update(len(trainer.history))
+        while not (trainer.stopped or any(stop)):
+            row = trainer.train_epoch()
+            # last.pt first: the one file a resumed run believes. The others follow from it.
+            run.write_tensors("last.pt", trainer.state_dict())
+            _write_derived(trainer, run)
+            if trainer.progress:
+                bar.clear()
+                print(_line(row, epochs), flush=True)
+            bar.update()
+            stop.append(on_epoch is not None and on_epoch(row) is True)
+
+
+def _write_derived(trainer: Trainer, run: RunDirectory) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(trainer.history)
+    run.write("history.csv", text.getvalue().encode())
+    run.write_tensors("best.pt", trainer.best_weights)
+
+
+# --------------------------------------------------------------------------------------- the loop
+
+
+class Diverged(RuntimeError):
+    """A loss that is no longer finite."""
+
+
+class Trainer:
+    """One training in progress: its whole state between two epochs is `state_dict`.
+
+    Attributes:
+        model: the network that trains; `evaluated` is the one that is evaluated and kept.
+        history: a dict of HISTORY_COLUMNS for each epoch done.
+        best_epoch, best_loss, best_weights: the selected epoch so far.
+    """
+
+    def __init__(self, experiment: Experiment, progress: bool = False):
+        recipe, splits, device = experiment.recipe, experiment.splits, experiment.device
+        self.experiment, self.progress = experiment, progress
+        torch.manual_seed(key(experiment.seed))
+        model = make_network(len(splits.data.classes), recipe.model_options)
+        if recipe.dirac:
+            optim.dirac(model)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        sides, precision = _worth_compiling(experiment), getattr(torch, recipe.precision)
+        self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
+        self.teacher = None
+        if experiment.teacher is not None:
+            teacher = load_pretrained(experiment.teacher)
+            teacher = fuse(teacher) if isinstance(teacher, NetCIFAR10_Tiny) else teacher
+            self.teacher = teacher.to(device, memory_format=torch.channels_last)
+        self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
+        self.optimizers = optim.optimizers(recipe, self.model)
+        self.schedules = [
+            optim.schedule(recipe, optimizer, len(self.loader)) for optimizer in self.optimizers
+        ]
+        self.ema = None
+        if recipe.ema is not None:
+            average = get_ema_multi_avg_fn(recipe.ema)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.lr = recipe.lr  # of the last step
+        self.memory = Memory()
+        self.history: list[Row] = []
+        self.best_epoch, self.best_loss = 0, math.inf
+        self.best_weights: dict[str, Tensor] = {}
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and kept: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def stopped(self) -> bool:
+        """Whether all epochs are done, or the selection loss has stalled for too long."""
+        recipe, waited = self.experiment.recipe, len(self.history) - self.best_epoch
+        patient = recipe.stop_patience is None or waited < recipe.stop_patience
+        early = self.experiment.splits.selection is not None and not patient
+        return early or len(self.history) >= recipe.epochs
+
+    def train_epoch(self) -> Row:
+        """Train and evaluate the next epoch; returns its row of the history.
+
+        Raises:
+            Diverged: a loss is no longer finite.
+        """
+        recipe, splits = self.experiment.recipe, self.experiment.splits
+        epoch, started = len(self.history) + 1, time.perf_counter()
+        self.memory.trim()
+        train_loss, train_acc = self._train_pass(epoch)
+        val_loss = val_acc = None
+        if splits.selection is not None:
+            self.memory.trim()
+            val_loss, val_acc = evaluate(self.evaluated, *splits.selection, splits.stats)
+            _require_finite(val_loss, f"the selection loss after epoch {epoch}")
+            for schedule in self.schedules:
+                if isinstance(schedule, ReduceLROnPlateau):
+                    schedule.step(val_loss)
+        if val_loss is None or val_loss < self.best_loss - recipe.min_delta:
+            self.best_epoch, self.best_loss = epoch, math.inf if val_loss is None else val_loss
+            self.best_weights = _cpu_copy(self.evaluated)
+        seconds = time.perf_counter() - started
+        values = (epoch, self.lr, train_loss, train_acc, val_loss, val_acc, seconds)
+        self.history.append(dict(zip(HISTORY_COLUMNS, values, strict=True)))
+        return self.history[-1]
+
+    def _train_pass(self, epoch: int) -> tuple[float, float]:
+        """One epoch of steps; the mean loss and accuracy over the images as they were fed."""
+        self.model.train()
+        side, device = self.experiment.recipe.side(epoch), self.experiment.device
+        # For whatever a network may draw by itself.
+        torch.manual_seed(key(self.experiment.seed, epoch))
+        # Sums stay on the device, where reading one means waiting for all that was queued; a sum
+        # that was ever NaN or infinite stays so, hence a GPU may be asked now and then.
+        loss_sum, correct = torch.zeros(2, device=device)
+        ask_every = 1 if device.type == "cpu" else 50
+        with _bar(total=len(self.loader), unit="batch", on=self.progress, leave=False) as bar:
+            for step, (images, labels) in enumerate(self.loader.epoch(epoch), start=1):
+                loss, output = self.step(resized(images, side), labels)
+                loss_sum += loss * len(labels)
+                correct += (output.argmax(dim=1) == labels).sum()
+                if step % ask_every == 0 or step == len(self.loader):
+                    _require_finite(loss_sum.item(), f"the loss at step {step} of epoch {epoch}")
+                bar.update()
+        n = len(self.experiment.splits.train_index)
+        return loss_sum.item() / n, 100 * correct.item() / n
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on a batch: images float32 (N, 3, H, W), labels int64 (N,).
+
+        Returns:
+            the loss, a scalar, and the log-probabilities (N, classes), both detached.
+        """
+        output, teacher_log_p = self.network(images), None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_log_p = self.teacher(images)
+        loss = optim.loss(self.experiment.recipe, output, labels, teacher_log_p)
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.lr = self.optimizers[0].param_groups[0]["lr"]
+        for schedule in self.schedules:
+            if not isinstance(schedule, ReduceLROnPlateau):
+                schedule.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return loss.detach(), output.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on after the last epoch: what last.pt holds."""
+        return {
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "best": (self.best_epoch, self.best_loss, self.best_weights),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = state["history"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.best_epoch, self.best_loss, self.best_weights = state["best"]
+
+    def measure(self) -> dict[str, Any]:
+        """Evaluate the selected weights on test: all that metrics.json holds of the training."""
+        self.memory.trim()
+        experiment, splits = self.experiment, self.experiment.splits
+        self.evaluated.load_state_dict(self.best_weights)
+        images, labels = splits.test
+        log_p = log_probabilities(self.evaluated, images, splits.stats)
+        log_p_tta = log_probabilities(self.evaluated, images, splits.stats, tta=True)
+        costs = layer_costs(self.evaluated)
+        best, seconds = self.history[self.best_epoch - 1], sum(r["seconds"] for r in self.history)
+        where = conditions(experiment.recipe, experiment.device, experiment.compile)
+        return {
+            "recipe": experiment.recipe.name,
+            "dataset": splits.data.name,
+            "limit": splits.data.limit,
+            "protocol": experiment.protocol,
+            "seed": experiment.seed,
+            "params": sum(row.params for row in costs),
+            "macs": sum(row.macs for row in costs),
+            "epochs_run": len(self.history),
+            "best_epoch": self.best_epoch,
+            "train_acc": best["train_acc"],
+            "val_acc": best["val_acc"],
+            "val_loss": best["val_loss"],
+            "test_acc": accuracy(log_p, labels),
+            "test_loss": F.nll_loss(log_p, labels).item(),
+            "test_acc_tta": accuracy(log_p_tta, labels),
+            "seconds_train": seconds,
+            "images_per_second": len(self.history) * len(splits.train_index) / seconds,
+            "compiled_sides": sorted(self.network.sides),
+            "peak_memory_mib": peak_memory(),
+            "device": where["device"],
+            "torch": where["torch"],
+            "git_commit": where["git_commit"],
+        }
+
+
+def _worth_compiling(experiment: Experiment) -> set[int]:
+    """The sides of the images that the network is compiled for."""
+    fed: Counter[int] = Counter()
+    for epoch in range(1, experiment.recipe.epochs + 1):
+        fed[experiment.recipe.side(epoch)] += len(experiment.splits.train_index)
+    if experiment.compile == "auto":
+        able = experiment.device.type in ("cpu", "cuda")
+        return {side for side in fed if able and fed[side] >= COMPILE_FROM}
+    return set(fed) if experiment.compile else set()
+
+
+def _require_finite(value: float, what: str) -> None:
+    if not math.isfinite(value):
+        raise Diverged(f"{what} is {value}")
+
+
+def _rates(recipe: Recipe) -> str:
+    """The highest rates of a recipe, in words."""
+    also = f", muon_lr {recipe.muon_lr}" if recipe.optimizer.startswith("muon") else ""
+    return f"this recipe's is {recipe.lr}{also}"
+
+
+def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:
+    # Contiguous: a published file shouldn't carry this machine's memory format.
+    return {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for k, v in model.state_dict().items()
+    }
+
+
+# ------------------------------------------------------------------------------ around a training
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms and our own random stream, all given back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), full_precision():
+        torch.use_deterministic_algorithms(True)
+        # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=only_warned)
+            torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def _line(row: Row, epochs: int) -> str:
+    """One epoch for the log; without its time, so that a repeated run prints the same."""
+    line = (
+        f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.2e}  "
+        f"train loss {row['train_loss']:.4f} acc {row['train_acc']:5.2f}"
+    )
+    if row["val_loss"] is not None:
+        line += f"  val loss {row['val_loss']:.4f} acc {row['val_acc']:5.2f}"
+    return line
+
+
+def _bar(*, on: bool, **options: Any) -> Any:
+    """A tqdm bar: a widget in JupyterLab, text in a terminal, nothing when told."""
+    from tqdm.auto import tqdm  # looks around for widgets when imported: not before a bar is due
+
+    # TQDM_DISABLE by hand: tqdm's own reading of it leaves a widget in a notebook.
+    return tqdm(disable=not on or os.environ.get("TQDM_DISABLE", "0") != "0", **options)

@@ -1,0 +1,177 @@
+"""Trained networks: loaded from a run, and used on an image.
+
+    model = load_pretrained()
+    predict("cat.jpg", model, top=3)            # [('cat', 0.61), ('dog', 0.22), ...]
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from tinycifar.checks import check_whole
+from tinycifar.evaluation import eval_mode
+from tinycifar.networks import make_network
+from tinycifar.run_directory import RunDirectory, find_run
+
+__all__ = ["load_pretrained", "load_weights", "predict"]
+
+SIDE = 32  # of the images that the networks are trained on, in pixels
+
+
+def load_pretrained(run: str | Path = "tuned") -> Any:
+    """The network of a run, in eval mode, on the CPU, with its `classes`, `mean` and `std`.
+
+    Args:
+        run: what `find_run` takes: the name of a preset or of a published run, or the path of any
+            run directory.
+
+    Returns:
+        a `NetCIFAR10_Tiny`, or the network that the run's recipe names.
+
+    Raises:
+        FileNotFoundError: no such run.
+        ValueError: its weights or its config.json can't be used, or the weights aren't those
+            whose checksum its metrics.json holds.
+    """
+    folder = RunDirectory(find_run(run))
+    config = folder.config()
+    try:
+        model: Any = make_network(len(config["classes"]), config["model"])
+        model.classes = tuple(config["classes"])
+        model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder.path / 'config.json'} is not the config.json of a run: {error!r}"
+        ) from error
+    folder.verify_weights()
+    return load_weights(folder.path / "best.pt", model).eval()
+
+
+def load_weights(path: str | Path, model: nn.Module) -> nn.Module:
+    """Load a plain state_dict file into `model`; anything but tensors in it is refused.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file isn't a state_dict of tensors, or doesn't fit the model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}: train a run first, or name another")
+    content = io.BytesIO(path.read_bytes())
+    try:
+        state = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a dozen kinds, as the damage has it
+        raise ValueError(
+            f"{path} is refused: it is damaged, or holds more than tensors; a weights file is what "
+            "torch.save(state_dict) writes: get it again, or ask its author for one"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"{path} is refused: a weights file must be one dict of names to tensors (a state_dict)"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(
+            f"the weights in {path} do not fit {type(model).__name__}: {reason}"
+        ) from error
+    return model
+
+
+def predict(
+    image: str | Path | Image.Image | np.ndarray | Tensor,
+    model: nn.Module | None = None,
+    top: int = 5,
+) -> list[tuple[str, float]]:
+    """The `top` likeliest classes of one image, with their probabilities, likeliest first.
+
+    Args:
+        image: a path, a PIL image, or uint8 pixels as an array or tensor of shape (H, W),
+            (H, W, 1), (H, W, 3) or (H, W, 4). Any size: the shorter side is scaled to 32 and the
+            centre cropped.
+        model: as `load_pretrained` gives it, or fused; None loads the published one.
+        top: how many classes to return; all of them if there are fewer.
+
+    Raises:
+        FileNotFoundError: no such image.
+        ValueError: the image can't be read, has a wrong shape or type, or the model carries no
+            `classes`, `mean` and `std`.
+    """
+    check_whole("top", top, 1)
+    image = _as_rgb(image)
+    network: Any = load_pretrained() if model is None else model
+    if not all(getattr(network, name, None) for name in ("classes", "mean", "std")):
+        raise ValueError(
+            "this network doesn't know its classes, mean and std: get one from load_pretrained, "
+            "or set the three attributes"
+        )
+    image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BICUBIC)
+    first = next(network.parameters())
+    pixels = torch.from_numpy(np.array(image)).to(first.device, first.dtype) / 255
+    mean, std = pixels.new_tensor(network.mean), pixels.new_tensor(network.std)
+    batch = ((pixels - mean) / std).permute(2, 0, 1)[None]
+
+    with torch.no_grad(), eval_mode(network):
+        probabilities = network(batch)[0].exp().cpu()
+    best = probabilities.topk(min(top, len(network.classes)))
+    names = [network.classes[i] for i in best.indices]
+    return list(zip(names, best.values.tolist(), strict=True))
+
+
+def _as_rgb(image: Any) -> Image.Image:
+    """Whatever `predict` takes, as an upright RGB image."""
+    if isinstance(image, (str, Path)):
+        image = _open(Path(image))
+    elif isinstance(image, Tensor):
+        image = _from_array(image.detach().cpu().numpy())
+    elif isinstance(image, np.ndarray):
+        image = _from_array(image)
+    elif not isinstance(image, Image.Image):
+        raise ValueError(
+            "predict takes a path, a PIL image or a uint8 array of shape (H, W, 3); "
+            f"got {type(image).__name__}"
+        )
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(
+            f"predict takes images of 8 bits a channel; got mode {image.mode!r}: convert it first"
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}")
+    try:
+        image = Image.open(path)
+        image.load()
+    except (  # SyntaxError: what Pillow has for a broken PNG
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        ValueError,
+        SyntaxError,
+    ) as error:
+        raise ValueError(
+            f"{path} can't be read as a image (expected PNG, JPEG or the like): {error}"
+        ) from error
+    return image
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    right_shape = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if pixels.dtype != np.uint8 or not right_shape or 0 in pixels.shape:
+        raise ValueError(
+            "predict takes pixels as uint8 of shape (H, W, 3), or (H, W) in grey; "
+            f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
+        )
+    return Image.fromarray(pixels)
