@@ -22,7 +22,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -196,6 +196,10 @@ class Batched(nn.Module):
     #: Random numbers per image. As many for every policy, so that whatever is drawn from the
     #: generator next depends neither on the policy nor on what happened to an image.
     DRAWS = 11
+
+    gain: Tensor
+    bias: Tensor
+    fill: Tensor
 
     def __init__(self, policy: str | Policy, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -477,7 +481,7 @@ def _inside(start: Tensor, length: int, side: int) -> Tensor:
 # ---- the albumentations build ----
 
 
-def _import_albumentations():
+def _import_albumentations() -> Any:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else it asks the package index on every import
     try:
         import albumentations
@@ -489,11 +493,11 @@ def _import_albumentations():
     return albumentations
 
 
-def _shift_scale_rotate(A, policy: Policy, border: dict) -> albumentations.Affine:
-    class ShiftScaleRotate(A.Affine):
+def _shift_scale_rotate(A: Any, policy: Policy, border: dict[str, Any]) -> albumentations.Affine:
+    class ShiftScaleRotate(A.Affine):  # type: ignore[misc]  # albumentations is imported late
         """`A.Affine` cuts shifts down to whole pixels, which leaves half of a small range at 0."""
 
-        def _get_translate_params(self, image_shape):
+        def _get_translate_params(self, image_shape: tuple[int, ...]) -> dict[str, float]:
             sides = {"x": image_shape[1], "y": image_shape[0]}
             limits = self.translate_percent
             return {axis: self.py_random.uniform(*limits[axis]) * sides[axis] for axis in sides}
@@ -577,9 +581,9 @@ def _cut_one(image: Tensor, side: int, fill: tuple[int, int, int]) -> Tensor:
     return T.erase(image, top, left, side, side, value)
 
 
-def _named(function: Callable, **settings) -> Callable:
+def _named(function: Callable, **settings: Any) -> Callable:
     """`functools.partial` that a printed pipeline shows by its name."""
-    step = partial(function, **settings)
+    step: Any = partial(function, **settings)
     step.__name__ = function.__name__.strip("_")
     return step
 
@@ -590,7 +594,7 @@ def _named(function: Callable, **settings) -> Callable:
 class _PerSample:
     """See `per_sample`. Pickled as its arguments: albumentations' part is made where it's used."""
 
-    def __init__(self, *arguments) -> None:
+    def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
         *description, build = arguments
         make, self.sample = _SAMPLERS[build]
@@ -601,17 +605,17 @@ class _PerSample:
             raise ValueError(f"seed must be a whole number of at least 0; got {seed!r}.")
         return self.sample(self.transform, image, int(seed))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _PerSample, self.arguments
 
 
-def _sample_albumentations(transform, image: np.ndarray, seed: int) -> Tensor:
+def _sample_albumentations(transform: Any, image: np.ndarray, seed: int) -> Tensor:
     # One state shared by all steps, see albumentations_transform.
     transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
     return transform(image=image)["image"]
 
 
-def _sample_torchvision(transform, image: np.ndarray, seed: int) -> Tensor:
+def _sample_torchvision(transform: Any, image: np.ndarray, seed: int) -> Tensor:
     # torch's CPU generator keeps the low 32 bits of a seed only; this lets all of them count.
     state = np.random.SeedSequence(seed).generate_state(1, np.uint32)
     # Only the CPU's generator is seeded: torch.manual_seed would seed the accelerators' as well.
@@ -631,7 +635,7 @@ _SAMPLERS = {
 
 def _fill_levels(policy: Policy, mean: Sequence[float]) -> tuple[int, ...]:
     """The grey levels of a hole; whole ones, since two of the builds fill uint8 images."""
-    return tuple(round(255 * m) for m in mean) if policy.fill == "mean" else policy.fill
+    return tuple(round(255 * m) for m in mean) if isinstance(policy.fill, str) else policy.fill
 
 
 def _check_statistics(
@@ -673,7 +677,9 @@ def _check_images(images: Tensor | np.ndarray, layout: str, policy: Policy) -> N
         raise ValueError(f"Cannot reflect {policy.crop_padding} pixels beyond {size}.")
 
 
-def _checked(image: Tensor | np.ndarray, layout: str, policy: Policy, **_) -> Tensor | np.ndarray:
+def _checked(
+    image: Tensor | np.ndarray, layout: str, policy: Policy, **_: Any
+) -> Tensor | np.ndarray:
     """`_check_images` as the first step of a pipeline."""
     _check_images(image, layout, policy)
     return image

@@ -40,8 +40,9 @@ class SeparableConv(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, dilation: int = 1):
         super().__init__()
-        around = {"padding": dilation, "dilation": dilation, "groups": c_in}
-        self.dw = nn.Conv2d(c_in, c_in, 3, stride, bias=False, **around)
+        self.dw = nn.Conv2d(
+            c_in, c_in, 3, stride, padding=dilation, dilation=dilation, groups=c_in, bias=False
+        )
         self.bn_dw = nn.BatchNorm2d(c_in)
         self.pw = nn.Conv2d(c_in, c_out, 1, bias=False)
         self.bn_pw = nn.BatchNorm2d(c_out)
@@ -128,7 +129,9 @@ class FusedNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
-        for c in self.convs:  # not c(x): for one image, calling a module costs a tenth of it all
+        # Not conv(x): for one image, calling a module costs a tenth of it all.
+        for c in self.convs:
+            assert isinstance(c, nn.Conv2d)
             x = F.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups).relu_()
         return self.head(self.gap(x)).flatten(1).log_softmax(dim=1)
 
@@ -147,9 +150,10 @@ def fuse(model: NetCIFAR10_Tiny) -> FusedNet:
         raise TypeError(f"fuse takes a NetCIFAR10_Tiny; got {type(model).__name__}")
     if model.training:
         raise ValueError("fuse takes a network in eval mode: call model.eval() first")
-    *layers, head = (m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
-    convs, norms = layers[::2], layers[1::2]  # a convolution, its BatchNorm, and so on
-    fused = FusedNet(list(map(fuse_conv_bn_eval, convs, norms)), copy.deepcopy(head))
+    *convs, head = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]  # one a convolution
+    folded = [fuse_conv_bn_eval(conv, norm) for conv, norm in zip(convs, norms, strict=True)]
+    fused = FusedNet(folded, copy.deepcopy(head))
     fused.classes, fused.mean, fused.std = model.classes, model.mean, model.std
     return fused.eval()
 

@@ -1,6 +1,6 @@
 """tinycifar: training, judging and using tiny networks for CIFAR-10.
 
-    from tinycifar import get_recipe, load_pretrained, load_run, predict, train, train_many
+from tinycifar import get_recipe, load_pretrained, load_run, predict, train, train_many
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinycifar.analysis import find_runs, load_run, load_runs
-    from tinycifar.data import load
-    from tinycifar.recipes import RECIPES, Recipe, get_recipe
-    from tinycifar.run_directory import RunError
-    from tinycifar.studies import train_many
-    from tinycifar.training import train
-    from tinycifar.weights import load_pretrained, predict
+    from tinycifar.analysis import find_runs as find_runs
+    from tinycifar.analysis import load_run as load_run
+    from tinycifar.data import load as load
+    from tinycifar.recipes import RECIPES as RECIPES
+    from tinycifar.recipes import Recipe as Recipe
+    from tinycifar.recipes import get_recipe as get_recipe
+    from tinycifar.run_directory import RunError as RunError
+    from tinycifar.studies import train_many as train_many
+    from tinycifar.training import train as train
+    from tinycifar.weights import load_pretrained as load_pretrained
+    from tinycifar.weights import predict as predict
 
 # Name: the module that it is from, imported when the name is first asked for. So a part that needs
 # little, the command line's help or reading a run, doesn't wait for torch and matplotlib.
@@ -28,26 +32,12 @@ _HOMES = {
     "load": "data",
     "load_pretrained": "weights",
     "load_run": "analysis",
-    "load_runs": "analysis",
     "predict": "weights",
     "train": "training",
     "train_many": "studies",
 }
 
-__all__ = [
-    "RECIPES",
-    "Recipe",
-    "RunError",
-    "find_runs",
-    "get_recipe",
-    "load",
-    "load_pretrained",
-    "load_run",
-    "load_runs",
-    "predict",
-    "train",
-    "train_many",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

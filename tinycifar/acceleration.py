@@ -194,12 +194,12 @@ class _Dilated(torch.autograd.Function):
         return _depthwise(x, weight, dilation)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, ctx.dilation = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (x, weight), d = ctx.saved_tensors, ctx.dilation
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -235,12 +235,12 @@ class _Strided(torch.autograd.Function):
         return F.conv2d(x, weight, stride=stride, padding=1, groups=x.shape[1])
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, ctx.stride = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (x, weight), s = ctx.saved_tensors, ctx.stride
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -282,7 +282,8 @@ class NormReLU(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, count = self.norm, x.numel() // x.shape[1]
+        norm: Any = self.norm  # whose buffers might be None for all that its type tells
+        count = x.numel() // x.shape[1]
         y, mean, var = _NormReLU.apply(x, norm.weight, norm.bias, norm.running_mean, norm.eps)
         with torch.no_grad():
             norm.running_mean.lerp_(mean, norm.momentum)
@@ -298,7 +299,9 @@ class _NormReLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, guess: Tensor, eps: float):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, guess: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # About a guess at the mean, lest the squares' sum lose digits where the mean is hundreds of
         # standard deviations; in the first steps the guess is 0, and so, nearly, are the means.
         centred = x - _spread(guess)
@@ -315,7 +318,7 @@ class _NormReLU(torch.autograd.Function):
         return y.to(x.dtype), mean, var
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         x, mean, scale, gain, shift = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         grad = torch.where(x * _spread(gain) + _spread(shift) > 0, grad, 0).to(gain.dtype)

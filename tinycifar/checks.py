@@ -27,7 +27,9 @@ def check_whole(name: str, value: Any, low: int, high: float = math.inf, other: 
     return _checked(name, value, numbers.Integral, int, "a whole number", low, high, other)
 
 
-def _checked(name, value, kind, plain, noun, low, high, other):
+def _checked(
+    name: str, value: Any, kind: Any, plain: Any, noun: str, low: float, high: float, other: str
+) -> Any:
     if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:
         return value if isinstance(value, (int, float)) else plain(value)
     limits = f"of {low:,} or more" if high == math.inf else f"from {low:,} to {high:,}"

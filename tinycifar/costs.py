@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ def _trace(model: nn.Module, size: int) -> list[tuple[str, nn.Module, Tensor]]:
     model = copy.deepcopy(model).cpu().eval()
     seen: list[tuple[str, nn.Module, Tensor]] = []
 
-    def note(name):
+    def note(name: str) -> Any:
         return lambda module, _, out: seen.append((name, module, out))
 
     for name, module in model.named_modules():

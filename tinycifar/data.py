@@ -60,18 +60,11 @@ PROTOCOLS = {
     "test-selected": "the whole training set; schedule, stopping and epoch are chosen ON TEST, "
     "as the published reference did",
 }
+# fmt: off
 CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )
+# fmt: on
 SIZES = {"cifar10": 50_000, "shapes": 10_000}  # training images; a fifth as many for testing
 
 ANSWER_SECONDS = 5  # how long the host may take to send its first byte
@@ -321,14 +314,17 @@ def _pack(name: str, classes: tuple, arrays: tuple[np.ndarray, ...], limit: int 
         arrays = *_first(images, labels, limit), *_first(test_images, test_labels, limit // 5)
     checksum = hashlib.sha256()
     for array in arrays:
-        checksum.update(array)
-    return Data(name, classes, *arrays, checksum.hexdigest(), limit)
+        checksum.update(array.data)
+    images, labels, test_images, test_labels = arrays
+    return Data(
+        name, classes, images, labels, test_images, test_labels, checksum.hexdigest(), limit
+    )
 
 
 def _first(images: np.ndarray, labels: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The first of each class, n in all, in order; where 10 doesn't divide n, one more of some."""
-    keep = [np.flatnonzero(labels == c)[: n // 10 + (c < n % 10)] for c in range(10)]
-    keep = np.sort(np.concatenate(keep))
+    of_class = [np.flatnonzero(labels == c)[: n // 10 + (c < n % 10)] for c in range(10)]
+    keep = np.sort(np.concatenate(of_class))
     return images[keep], labels[keep]
 
 

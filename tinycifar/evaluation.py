@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,8 +94,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions on a GPU in float32 and deterministic; by default they round to TF32's ten bits."""
-    cudnn = torch.backends.cudnn
+    """Convolutions on a GPU are deterministic and in float32; by default they round to TF32."""
+    cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
     cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = "ieee", True, False
     try:

@@ -2,8 +2,8 @@
 
     BlueprintNet("16 24 36 36d2 48 48 64s2 64d2 64d3 64 64")
 
-A block mixes the channels first and looks around afterwards: pointwise 1x1, depthwise 3x3, BatchNorm,
-ReLU (blueprint separable convolutions, unconstrained: Haase and Amthor, 2020, arXiv:2003.13549).
+A block mixes the channels first and looks around afterwards: pointwise 1x1, depthwise 3x3,
+BatchNorm, ReLU (blueprint separable convolutions: Haase and Amthor, 2020, arXiv:2003.13549).
 Where shapes allow it, its input is added to its output (He et al., 2015, arXiv:1512.03385).
 """
 
@@ -43,8 +43,9 @@ class BlueprintBlock(nn.Module):
     ):
         super().__init__()
         self.pw = nn.Conv2d(c_in, c_out, 1, bias=False)
-        around = {"padding": dilation, "dilation": dilation, "groups": c_out}
-        self.dw = nn.Conv2d(c_out, c_out, 3, stride, bias=False, **around)
+        self.dw = nn.Conv2d(
+            c_out, c_out, 3, stride, padding=dilation, dilation=dilation, groups=c_out, bias=False
+        )
         self.bn = nn.BatchNorm2d(c_out)
         self.act = ACTIVATIONS[activation](inplace=True)
         self.skip, self.stride, self.more = skip, stride, c_out - c_in
@@ -109,12 +110,13 @@ class BlueprintNet(nn.Module):
 def read_layout(layout: str) -> list[tuple[int, int, int]]:
     """(channels, stride, dilation) of each word of a layout."""
     words = [re.fullmatch(r"(\d+)(?:s(\d))?(?:d(\d))?", word) for word in layout.split()]
-    if len(words) < 2 or None in words:
+    numbers = [[int(part or 1) for part in word.groups()] for word in words if word]
+    if len(numbers) < max(2, len(words)):
         raise ValueError(
-            "a layout names the channels of each layer, with s2 for a stride and d2 for a dilation, "
-            f"e.g. '16 24 24d2 32s2'; got {layout!r}"
+            "a layout names the channels of each layer, with s2 for a stride and d2 for a "
+            f"dilation, e.g. '16 24 24d2 32s2'; got {layout!r}"
         )
-    return [tuple(int(part or 1) for part in word.groups()) for word in words]
+    return [(channels, stride, dilation) for channels, stride, dilation in numbers]
 
 
 def make_network(num_classes: int, options: dict[str, Any]) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +44,7 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
     groups = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one call for all parameters
     lr, momentum = recipe.lr, recipe.momentum
+    rest: torch.optim.Optimizer
     if recipe.optimizer.endswith("adamw"):
         rest = torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, fused=fused)
         shrinking = lr * recipe.weight_decay
@@ -70,13 +73,14 @@ class _Muon(torch.optim.Muon):
     channels_last lies so. Gradients stay the weights' own, for the model to clear.
     """
 
-    def __init__(self, weights: list[Tensor], **options):
+    def __init__(self, weights: list[Tensor], **options: Any):
         self.weights = weights
         matrices = [nn.Parameter(_matrix(w.detach())) for w in weights]
         super().__init__(matrices, nesterov=True, adjust_lr_fn="original", **options)
 
-    def step(self):
+    def step(self) -> None:  # type: ignore[override]  # no closure: nobody here has one
         for matrix, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
+            assert weight.grad is not None
             matrix.grad = _matrix(weight.grad.contiguous(memory_format=torch.channels_last))
         super().step()
 
@@ -87,7 +91,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def dirac(model: nn.Module) -> None:
-    """Dirac initialisation: add the identity to each depthwise filter, which then passes its input on.
+    """Dirac initialisation: add the identity to each depthwise filter, so that it passes its input.
 
     A chain of random filters blurs and mixes up what it is shown, and this network has no
     shortcuts around them. After Keller Jordan's airbench (arXiv:2404.00498), which does so with
@@ -99,9 +103,7 @@ def dirac(model: nn.Module) -> None:
                 module.weight[:, :, 1, 1] += 1
 
 
-def schedule(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> LRScheduler:
+def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
     """A torch scheduler: ReduceLROnPlateau steps once an epoch, the others once a batch."""
     total = recipe.epochs * steps_per_epoch
     rising = round(recipe.warmup * total)

@@ -2,7 +2,7 @@
 
     recipe = get_recipe("quick", epochs=20)
 
-`training.train` carries one out; `RECIPES` holds the presets. What each field was measured to bring:
+`training.train` carries one out; `RECIPES` holds the presets. What they were measured to bring:
 docs/recipes.md.
 """
 

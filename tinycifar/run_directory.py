@@ -261,9 +261,7 @@ class RunDirectory:
         if not file.is_file():
             return None
         try:
-            state = torch.load(
-                io.BytesIO(file.read_bytes()), map_location="cpu", weights_only=True
-            )
+            state = torch.load(io.BytesIO(file.read_bytes()), map_location="cpu", weights_only=True)
         except Exception as error:  # of a dozen kinds, as the damage has it
             raise RunError(
                 f"{file} is damaged, so this run can't go on from it: put a whole copy there, or "

@@ -6,22 +6,17 @@ rounds alike everywhere, so that every machine draws the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 __all__ = ["SHAPES", "draw_shapes"]
 
+# fmt: off
 SHAPES = (
-    "disc",
-    "ring",
-    "crescent",
-    "square",
-    "frame",
-    "triangle",
-    "star",
-    "heart",
-    "cross",
-    "bars",
+    "disc", "ring", "crescent", "square", "frame", "triangle", "star", "heart", "cross", "bars",
 )
+# fmt: on
 
 CHUNK = 50  # images drawn at once, a multiple of 10; another number would draw other images
 
@@ -99,49 +94,49 @@ def _coverage(depth: np.ndarray) -> np.ndarray:
 # Each gives the depth inside the shape, negative outside, at (u, v) in units of the shape's radius.
 
 
-def _disc(u, v, radius=0.85):
+def _disc(u: Any, v: Any, radius: float = 0.85) -> Any:
     return radius - np.sqrt(u * u + v * v)
 
 
-def _ring(u, v):
+def _ring(u: Any, v: Any) -> Any:
     return 0.2 - abs(_disc(u, v, 0.75))
 
 
-def _crescent(u, v):
+def _crescent(u: Any, v: Any) -> Any:
     return np.minimum(_disc(u, v, 0.95), -_disc(u - 0.45, v, 0.75))
 
 
-def _square(u, v, side=0.75):
+def _square(u: Any, v: Any, side: float = 0.75) -> Any:
     return side - np.maximum(abs(u), abs(v))
 
 
-def _frame(u, v):
+def _frame(u: Any, v: Any) -> Any:
     return 0.17 - abs(_square(u, v, 0.65))
 
 
-def _triangle(u, v):
+def _triangle(u: Any, v: Any) -> Any:
     return 0.5 - np.maximum(v, 0.8660254 * abs(u) - 0.5 * v)
 
 
-def _star(u, v):
+def _star(u: Any, v: Any) -> Any:
     """A pentagram: all that lies beyond one at most of the five lines it is made of."""
-    normals = (0, -1), (0.9510565, -0.309017), (0.5877853, 0.809017)
-    normals += (-0.9510565, -0.309017), (-0.5877853, 0.809017)
+    normals = [(0.0, -1.0), (0.9510565, -0.309017), (0.5877853, 0.809017)]
+    normals += [(-0.9510565, -0.309017), (-0.5877853, 0.809017)]
     return np.sort([0.309017 - x * u - y * v for x, y in normals], axis=0)[1]
 
 
-def _heart(u, v):
+def _heart(u: Any, v: Any) -> Any:
     u = abs(u)
     diamond = 0.70710678 * (0.75 - u - abs(v - 0.1))
     return np.maximum(diamond, _disc(u - 0.375, v + 0.275, 0.53033))
 
 
-def _cross(u, v):
+def _cross(u: Any, v: Any) -> Any:
     u, v = abs(u), abs(v)
     return np.minimum(0.95 - np.maximum(u, v), 0.27 - np.minimum(u, v))
 
 
-def _bars(u, v):
+def _bars(u: Any, v: Any) -> Any:
     return np.minimum(0.85 - abs(u), 0.2 - abs(abs(v) - 0.5))
 
 

@@ -143,7 +143,7 @@ def _changed(recipe: Recipe, where: str, changes: dict, name: str) -> Recipe:
 class _Loader(yaml.SafeLoader):
     """Refuses a name that comes twice, of which YAML silently keeps the last; reads 1e-3."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         merge = "tag:yaml.org,2002:merge"  # <<, which may bring names that are given again
         keys = [key for key, _ in node.value if key.tag != merge]
         names = [self.construct_object(key, deep=True) for key in keys]
@@ -165,7 +165,7 @@ def _mapping(what: str, value: object) -> dict:
     return value
 
 
-# -------------------------------------------------------------------------------------- many at once
+# ------------------------------------------------------------------------------------- many at once
 
 
 def train_many(
@@ -205,7 +205,7 @@ def train_many(
     """
     pairs = _pairs([get_recipe(r) for r in recipes], list(seeds), protocol)
     data = dataset if isinstance(dataset, Data) else load(dataset)
-    runs = {}
+    runs: dict[tuple[Recipe, int], RunDirectory] = {}
     for recipe, seed in pairs:
         one = settle(recipe, seed=seed, protocol=protocol, dataset=data, device=device)
         run = RunDirectory(absolute(folder) / experiment_folder(one).name)

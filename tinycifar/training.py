@@ -372,15 +372,15 @@ class Trainer:
         recipe, splits, device = experiment.recipe, experiment.splits, experiment.device
         self.experiment, self.progress = experiment, progress
         torch.manual_seed(key(experiment.seed))
-        model = make_network(len(splits.data.classes), recipe.model_options)
+        model: Any = make_network(len(splits.data.classes), recipe.model_options)
         if recipe.dirac:
             optim.dirac(model)
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)
         sides, precision = _worth_compiling(experiment), getattr(torch, recipe.precision)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
         self.teacher = None
         if experiment.teacher is not None:
-            teacher = load_pretrained(experiment.teacher)
+            teacher: Any = load_pretrained(experiment.teacher)
             teacher = fuse(teacher) if isinstance(teacher, NetCIFAR10_Tiny) else teacher
             self.teacher = teacher.to(device, memory_format=torch.channels_last)
         self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
@@ -578,16 +578,17 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """Deterministic algorithms and our own random stream, all given back afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     with torch.random.fork_rng([device] if device.type == "cuda" else []), full_precision():
         torch.use_deterministic_algorithms(True)
         # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before, warn_only=only_warned)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            memory.fill_uninitialized_memory = filled
 
 
 def _line(row: Row, epochs: int) -> str:

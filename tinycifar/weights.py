@@ -1,7 +1,7 @@
 """Trained networks: loaded from a run, and used on an image.
 
-    model = load_pretrained()
-    predict("cat.jpg", model, top=3)            # [('cat', 0.61), ('dog', 0.22), ...]
+model = load_pretrained()
+predict("cat.jpg", model, top=3)            # [('cat', 0.61), ('dog', 0.22), ...]
 """
 
 from __future__ import annotations
