@@ -15,7 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -23,13 +25,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from contestants import BATCH, DEVICE, SMALL
+from matplotlib.figure import Figure
 
-from tinycifar.publish import machine_name, speed_table
-from tiny_cifar10_net import NetCIFAR10_Tiny, fuse, layer_costs
-from tinycifar.training import _float32
+from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
+from tinycifar.acceleration import computes_bfloat16
+from tinycifar.costs import layer_costs
+from tinycifar.evaluation import full_precision
+from tinycifar.publish import speed_table
 
 HERE = Path(__file__).resolve().parent
 SIDE_BY_SIDE = 8  # at most, as each takes 1 to 2 GB
+MOST_MEMORY = "under 1,536 MiB"
 
 
 class Contestant:
@@ -48,39 +54,38 @@ class Contestant:
             env=environment,
             text=True,
         )
-        self._answer()
+        self.end()
         self.seconds_to_first_step = time.perf_counter() - started
-        self.turns: list[dict] = []
+        self.turns: list[dict[str, Any]] = []
 
     def begin(self, steps: int) -> None:
         """Train as many images as make so many steps of whole batches of BATCH."""
+        assert self.process.stdin
         self.process.stdin.write(f"{steps * BATCH // self.batch}\n")
         self.process.stdin.flush()
 
-    def end(self) -> dict:
-        return self._answer()
+    def end(self) -> dict[str, Any]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{"):  # else the banner of the stand-in
+                return json.loads(line)
+        raise RuntimeError("a contestant stopped; what it said stands above")
 
     def turn(self, steps: int, warm_up: int) -> None:
         """Steps that count, after some that don't: caches are cold, a loader's queue is full."""
         self.begin(warm_up)
         self.end()
         self.begin(steps)
-        self.turns.append({"steps": steps} | self.end())
+        answer = self.end()
+        self.turns.append(answer | {"images_per_second": BATCH * steps / answer["seconds"]})
 
-    def images_per_second(self) -> float:
-        return statistics.median(BATCH * t["steps"] / t["seconds"] for t in self.turns)
+    def median(self, value: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.median(map(value, self.turns))
 
     def close(self) -> None:
+        assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
-
-    def _answer(self) -> dict:
-        while True:
-            line = self.process.stdout.readline()
-            if not line:
-                raise RuntimeError("a contestant stopped; what it said stands above")
-            if line.startswith("{"):  # else the banner of the stand-in
-                return json.loads(line)
 
 
 def race(names: list[str], rounds: int, steps: int) -> dict[str, Contestant]:
@@ -109,36 +114,30 @@ def side_by_side(name: str, count: int, rounds: int, steps: int) -> float:
 # ------------------------------------------------------------------------------------- roofline
 
 
-def roofline(step_seconds: float) -> dict:
-    """What a step takes at least: its multiply-adds at the peak, its bytes at the bandwidth.
+def roofline() -> dict[str, float]:
+    """Least seconds of a step: its multiply-adds at the peak rate, its bytes at the bandwidth.
 
     Three times the forward multiply-adds (outputs, gradients of inputs, of weights). Each
     convolution's output crosses the memory six times: written and read forward; backward its
     gradient is written and read, and the output itself is read for BatchNorm and for the next
     convolution's weights.
     """
-    peak, bandwidth = measured_peak(DEVICE.type), measured_bandwidth(DEVICE.type)
     costs = layer_costs(NetCIFAR10_Tiny())
     macs = 3 * BATCH * sum(c.macs for c in costs)
     outputs = [c.out_shape for c in costs if "Conv" in c.kind]
     activations = 6 * BATCH * 4 * sum(c * h * w for c, h, w in outputs)
-    floors = {"multiply-adds": macs / peak, "memory": activations / bandwidth}
-    bound = max(floors, key=floors.get)
     return {
-        "peak_gmacs_per_second": peak / 1e9,
-        "bandwidth_gb_per_second": bandwidth / 1e9,
-        "floor_seconds": floors,
-        "bound": bound,
-        "share": floors[bound] / step_seconds,
+        "multiply-adds": macs / measured_peak(DEVICE.type),
+        "memory": activations / measured_bandwidth(DEVICE.type),
     }
 
 
 def measured_peak(device: str) -> float:
     """Multiply-adds a second of a large float32 convolution, which outdoes matrix products here."""
-    images = torch.randn(32, 256, 32, 32, device=device).to(memory_format=torch.channels_last)
-    conv = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False, device=device)
-    conv = conv.to(memory_format=torch.channels_last)
-    with torch.inference_mode(), _float32():
+    layout: Any = {"memory_format": torch.channels_last}
+    images = torch.randn(32, 256, 32, 32, device=device).to(**layout)
+    conv = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False, device=device).to(**layout)
+    with torch.inference_mode(), full_precision():
         seconds = median_seconds(lambda: conv(images), device)
     return 32 * 32 * 32 * conv.weight.numel() / seconds
 
@@ -149,158 +148,139 @@ def measured_bandwidth(device: str) -> float:
     return 3 * 4 * 2**26 / median_seconds(lambda: torch.add(x, y, out=z), device)
 
 
-def median_seconds(function, device: str = "cpu", repeats: int = 9) -> float:
-    def wait():
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    function()
-    wait()
+def median_seconds(function: Callable[[], Any], device: str = "cpu", repeats: int = 9) -> float:
     seconds = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         started = time.perf_counter()
         function()
-        wait()
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return statistics.median(seconds[1:])
 
 
-# ------------------------------------------------------------------------------------ inference
-
-
-def inference(rounds: int) -> dict:
-    """Plain and fused, on one core: images/s at batch 256, ms at batch 1."""
+def inference(rounds: int) -> dict[int, float]:
+    """How many times as fast the fused network is as the plain one, on one core, by batch size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    plain = NetCIFAR10_Tiny().eval().to(memory_format=torch.channels_last)
-    nets = {"plain": plain, "fused": fuse(plain)}
-    large, one = (torch.randn(n, 3, 32, 32) for n in (256, 1))
-    large, one = (x.to(memory_format=torch.channels_last) for x in (large, one))
-    seconds = {(name, n): [] for name in nets for n in (256, 1)}
+    layout: Any = {"memory_format": torch.channels_last}
+    plain = NetCIFAR10_Tiny().eval().to(**layout)
+    seconds: dict[tuple[int, bool], list[float]] = {}
     with torch.inference_mode():
         for _ in range(rounds):
-            for name, net in nets.items():
-                seconds[name, 256].append(median_seconds(lambda net=net: net(large), repeats=3))
-                seconds[name, 1].append(median_seconds(lambda net=net: net(one), repeats=100))
+            for size, repeats in ((256, 3), (1, 100)):
+                images = torch.randn(size, 3, 32, 32).to(**layout)
+                for net in (plain, fuse(plain)):
+                    once = median_seconds(lambda net=net, x=images: net(x), repeats=repeats)
+                    seconds.setdefault((size, net is plain), []).append(once)
     torch.set_num_threads(threads)
     median = {key: statistics.median(values) for key, values in seconds.items()}
-    return {
-        "images_per_second_batch_256": {name: 256 / median[name, 256] for name in nets},
-        "milliseconds_batch_1": {name: 1000 * median[name, 1] for name in nets},
-        "ratio_batch_256": {n: median["plain", 256] / median[n, 256] for n in nets},
-        "ratio_batch_1": {n: median["plain", 1] / median[n, 1] for n in nets},
-    }
+    return {size: median[size, True] / median[size, False] for size in (1, 256)}
 
 
 # --------------------------------------------------------------------------------------- report
 
 
-def machine() -> dict:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
-    return {
-        "processor": name,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def measure(rounds: int, steps: int) -> dict:
-    names = ["reference", "ours", "ours-bfloat16", "ours-eager", "ours-small"]
-    runs = race(names, rounds, steps)
-    rates = {name: run.images_per_second() for name, run in runs.items()}
-    turns = runs["ours"].turns
-    # Where steps can be told apart; see contestants.Clock.
-    parts = {
-        part: statistics.median(t["parts"][part] / t["seconds"] for t in turns)
-        for part in turns[0]["parts"]
-    }
+def measure(rounds: int, steps: int) -> dict[str, Any]:
+    """All figures, as `publish.speed_table` shows them, and the single turns behind them."""
+    fast = DEVICE.type == "cuda" or computes_bfloat16()
+    ways = {"float32": "ours", "bfloat16": "ours-bfloat16", f"batches of {SMALL}": "ours-small"}
+    if not fast:
+        del ways["bfloat16"]  # it would take a quarter of an hour, to no end
+    runs = race(["reference", "ours-eager", *ways.values()], rounds, steps)
+    rates = {name: run.median(lambda t: t["images_per_second"]) for name, run in runs.items()}
     count = min(torch.get_num_threads(), SIDE_BY_SIDE)
     together = {
-        name: side_by_side(f"{name}-one-thread", count, rounds, steps)
-        for name in ("ours", "ours-bfloat16", "ours-small")
+        how: side_by_side(f"{name}-one-thread", count, rounds, steps) for how, name in ways.items()
     }
+    ours, reference = runs["ours"], rates["reference"]
+    parts = {
+        part: ours.median(lambda t, part=part: t["parts"][part] / t["seconds"])
+        for part in ours.turns[0]["parts"]  # where steps can be told apart; see contestants.Clock
+    }
+    bound, floor = max(roofline().items(), key=lambda item: item[1])
+    eager = runs["ours-eager"]
+    figures = [
+        ("training: the reference's loop", f"{reference:.0f} images/s", ""),
+        ("training: ours, eager, float32", f"{rates['ours-eager'] / reference:.2f}x", ""),
+        *(
+            (f"training: ours, compiled, {how}", f"{rates[name] / reference:.2f}x", "3x")
+            for how, name in ways.items()
+        ),
+        *(
+            (f"{count} one-thread runs side by side: {how}", f"{rate / reference:.2f}x", "")
+            for how, rate in together.items()
+        ),
+        *(
+            (f"share of a step: {part}", f"{share:.1%}", "under 5 %" if "data" in part else "")
+            for part, share in parts.items()
+        ),
+        (f"share of the roofline ({bound} bounds)", f"{floor * rates['ours'] / BATCH:.0%}", ""),
+        ("launch to first step, eager", f"{eager.seconds_to_first_step:.1f} s", "under 15 s"),
+        ("launch to first step, compiled", f"{ours.seconds_to_first_step:.1f} s", ""),
+        *(
+            (f"peak memory: {how}", f"{runs[name].turns[-1]['peak_memory_mib']:,} MiB", MOST_MEMORY)
+            for how, name in ways.items()
+        ),
+        *(
+            (f"fused inference over plain, one core, batch {size}", f"{ratio:.2f}x", goal)
+            for (size, ratio), goal in zip(inference(rounds).items(), ("1.5x", ""), strict=True)
+        ),
+    ]
     return {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "batch_size": BATCH,
         "rounds": rounds,
-        "steps_per_turn": steps,
-        "runs_side_by_side": count,
-        "images_per_second": rates,
+        "figures": [dict(zip(("figure", "measured", "goal"), f, strict=True)) for f in figures],
         "images_per_second_by_turn": {
-            name: [BATCH * t["steps"] / t["seconds"] for t in run.turns]
-            for name, run in runs.items()
-        },
-        "ratio": rates["ours"] / rates["reference"],
-        "ratio_eager": rates["ours-eager"] / rates["reference"],
-        "ratio_one_thread_runs_side_by_side": together["ours"] / rates["reference"],
-        "bfloat16": {
-            "ratio": rates["ours-bfloat16"] / rates["reference"],
-            "ratio_one_thread_runs_side_by_side": together["ours-bfloat16"] / rates["reference"],
-            "peak_memory_mib": runs["ours-bfloat16"].turns[-1]["peak_memory_mib"],
-        },
-        "small_batches": {
-            "batch_size": SMALL,
-            "ratio": rates["ours-small"] / rates["reference"],
-            "ratio_one_thread_runs_side_by_side": together["ours-small"] / rates["reference"],
-            "peak_memory_mib": runs["ours-small"].turns[-1]["peak_memory_mib"],
+            name: [turn["images_per_second"] for turn in run.turns] for name, run in runs.items()
         },
         "share_of_step": parts,
-        "roofline": roofline(BATCH / rates["ours"]),
-        "seconds_to_first_step_without_compile": runs["ours-eager"].seconds_to_first_step,
-        "seconds_to_first_step_with_compile": runs["ours"].seconds_to_first_step,
-        "peak_memory_mib": turns[-1]["peak_memory_mib"],
-        "peak_memory_mib_without_compile": runs["ours-eager"].turns[-1]["peak_memory_mib"],
-        "inference_one_core": inference(rounds),
     }
 
 
-def plot(result: dict):
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else name
+    return {
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def plot(result: dict[str, Any]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     turns = result["images_per_second_by_turn"]
-    reference = result["images_per_second"]["reference"]
-    labels = {
-        "reference": "reference's loop",
-        "ours-eager": "ours, eager",
-        "ours": "ours, compiled",
-        "ours-bfloat16": "ours, compiled, bfloat16",
-    }
-    for y, name in enumerate(labels):
-        rate = result["images_per_second"][name] / reference
-        left.barh(y, rate, color="0.6" if name == "reference" else "C0", height=0.6)
-        left.plot([r / reference for r in turns[name]], [y] * len(turns[name]), "k.", ms=4)
-        left.text(rate, y + 0.36, f"{rate:.2f}x", va="bottom", ha="right", fontsize=9)
-    left.set_yticks(range(len(labels)), labels.values())
-    left.set(xlabel="training images/s, over the reference's loop", ylim=(-0.5, 3.8))
+    reference = statistics.median(turns["reference"])
+    for y, (name, rates) in enumerate(turns.items()):
+        ratio = statistics.median(rates) / reference
+        left.barh(y, ratio, color="0.6" if name == "reference" else "C0", height=0.6)
+        left.plot([rate / reference for rate in rates], [y] * len(rates), "k.", ms=4)
+        left.text(ratio, y + 0.36, f"{ratio:.2f}x", va="bottom", ha="right", fontsize=9)
+    left.set_yticks(range(len(turns)), [name.replace("-", ", ") for name in turns])
+    left.set(xlabel="training images/s, over the reference's loop", ylim=(-0.5, len(turns) - 0.2))
     start = 0.0
     for part, share in result["share_of_step"].items():
         right.barh(0, 100 * share, left=start, height=0.5, label=part)
         start += 100 * share
-    right.set(
-        xlabel="share of our compiled step in float32, %",
-        ylim=(-0.5, 1.2),
-        yticks=[],
-        xlim=(0, 100),
-    )
+    right.set(xlabel="share of our compiled step in float32, %", yticks=[])
+    right.set(ylim=(-0.5, 1.2), xlim=(0, 100))
     right.legend(loc="upper center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(f"{machine_name(result['machine'])}, {result['date']}", fontsize=10)
+    figure.suptitle(f"{result['machine']['processor']}, {result['date']}", fontsize=10)
     return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=HERE, help="where the JSON and the plot go")
