@@ -9,14 +9,16 @@ docs/recipes.md.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import augment
 from tinycifar.checks import check_choice, check_flag, check_number, check_whole
+from tinycifar.data import PROTOCOLS
 from tinycifar.networks import make_network
 
-__all__ = ["RECIPES", "Recipe", "get_recipe", "in_full"]
+__all__ = ["RECIPES", "Recipe", "check_protocol", "get_recipe", "in_full"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ class Recipe:
         missing = 32 - self.start_side
         return 32 if share == 1 else self.start_side + 8 * int(missing * share / 8)
 
+    def epochs_by_side(self) -> Counter[int]:
+        """How many epochs see images of each side."""
+        return Counter(self.side(epoch) for epoch in range(1, self.epochs + 1))
+
     @property
     def model_options(self) -> dict[str, Any]:
         """What `networks.make_network` makes the network from."""
@@ -187,6 +193,16 @@ def in_full(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe as an older config.json has it, with today's fields, so that recipes compare."""
     kept = {k: v for k, v in recipe.items() if k not in _RETIRED or v != _RETIRED[k]}
     return _DEFAULTS | kept
+
+
+def check_protocol(recipe: Recipe, protocol: str) -> None:
+    """Raise a ValueError if the recipe can't be trained under the protocol."""
+    check_choice("protocol", protocol, PROTOCOLS)
+    if recipe.schedule == "plateau" and protocol == "full":
+        raise ValueError(
+            f"recipe {recipe.name!r} has a plateau schedule, which needs a loss to watch, and "
+            "protocol 'full' has none: set schedule to one_cycle, cosine or constant"
+        )
 
 
 def get_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:

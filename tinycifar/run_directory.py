@@ -11,6 +11,7 @@ A run directory holds
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import importlib.metadata
@@ -179,13 +180,92 @@ class RunDirectory:
 
     # For whoever trains.
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Make the folder, and keep other processes off it; the lock dies with its process.
+    def kept(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The metrics of the run that `identity` tells, if it is finished; else None.
 
         Raises:
-            RunError: another process has it, or a file is in the way. OSError: can't be written.
+            RunError: another run is in this directory.
         """
+        if differences := self._differences(identity):
+            raise RunError(
+                f"{self.path} holds a run that differs: {'; '.join(differences)}. "
+                "Nothing was touched: give the same settings to go on, another name, "
+                "or FORCE=1 to replace it (of a sweep, remove the folder)"
+            )
+        return self.metrics() if self.is_finished else None
+
+    @contextmanager
+    def opened(
+        self, config: dict[str, Any], identity: dict[str, Any], force: bool = False
+    ) -> Iterator[dict[str, Any] | None]:
+        """Keep other processes off, make the directory that of this run, and give its checkpoint.
+
+        The lock dies with its process. A run that goes on under other conditions than it was begun
+        with is told so in a warning.
+
+        Args:
+            config: becomes config.json, unless there is one.
+            force: first remove a finished run, and another one than `identity` tells.
+
+        Yields:
+            what `save` was last given, with tensors on the CPU; None in a new run.
+
+        Raises:
+            RunError: another process is training here, another run is here, or the checkpoint
+            can't be used. OSError: the directory can't be written.
+        """
+        with self._locked():
+            if force and (self.is_finished or self._differences(identity)):
+                for name in reversed(FILES):  # config.json last: until then it says whose they are
+                    (self.path / name).unlink(missing_ok=True)
+            self.kept(identity)
+            if (self.path / "config.json").is_file():
+                _warn_if_elsewhere(self.config(), config)
+            else:
+                self._write_json("config.json", config)
+            state = self._checkpoint()
+            if state is not None:
+                self._write_derived(state)  # a kill may have come between last.pt and these
+            yield state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a trainer's state: last.pt first, the one file that a resumed run believes."""
+        self._write_tensors("last.pt", state)
+        self._write_derived(state)
+
+    def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write metrics.json, with the run's name and the checksum of its weights; returns it."""
+        metrics = {"name": self.path.name, **metrics, "weights_sha256": self.checksum()}
+        self._write_json("metrics.json", metrics)
+        return metrics
+
+    def _write_derived(self, state: dict[str, Any]) -> None:
+        text = io.StringIO()
+        table = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(state["history"])
+        self._write("history.csv", text.getvalue().encode())
+        self._write_tensors("best.pt", state["best"][-1])
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        self._write(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def _write_tensors(self, name: str, value: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        self._write(name, buffer.getvalue())
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            write_file(self.path / name, content)
+        except OSError as error:
+            raise OSError(
+                f"{error}; the run is intact up to its last finished epoch: make room, then the "
+                "same command goes on"
+            ) from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a run directory: give another name")
         try:
@@ -209,59 +289,13 @@ class RunDirectory:
         finally:
             lock.release()
 
-    def refuse_another(self, identity: dict[str, Any]) -> None:
-        """Raise a RunError if the run in this directory isn't the one that `identity` tells."""
-        if differences := self._differences(identity):
-            raise RunError(
-                f"{self.path} holds a run that differs: {'; '.join(differences)}. "
-                "Nothing was touched: give the same settings to go on, another name, "
-                "or FORCE=1 to replace it (of a sweep, remove the folder)"
-            )
-
-    def begin(self, config: dict[str, Any], identity: dict[str, Any], force: bool) -> None:
-        """Make the locked directory ready to train in: `config` becomes config.json.
-
-        With `force` a finished run, and another one than `identity` tells, is removed first. A run
-        that goes on under other conditions than it was begun with is told so in a warning.
-        """
-        if force and (self.is_finished or self._differences(identity)):
-            for name in reversed(FILES):  # config.json last: killed meanwhile, it says whose it was
-                (self.path / name).unlink(missing_ok=True)
-        self.refuse_another(identity)
-        if (self.path / "config.json").is_file():
-            _warn_if_elsewhere(self.config(), config)
-        else:
-            self.write_json("config.json", config)
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write all of a file or nothing; see `write_file`."""
-        try:
-            write_file(self.path / name, content)
-        except OSError as error:
-            raise OSError(
-                f"{error}; the run is intact up to its last finished epoch: make room, then the "
-                "same command goes on"
-            ) from error
-
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
-
-    def write_tensors(self, name: str, state: Any) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self.write(name, buffer.getvalue())
-
-    def checkpoint(self) -> dict[str, Any] | None:
-        """What last.pt holds, on the CPU; None where there is none yet.
-
-        Raises:
-            RunError: it is damaged, or was written by an earlier version.
-        """
+    def _checkpoint(self) -> dict[str, Any] | None:
         file = self.path / "last.pt"
         if not file.is_file():
             return None
+        content = io.BytesIO(file.read_bytes())
         try:
-            state = torch.load(io.BytesIO(file.read_bytes()), map_location="cpu", weights_only=True)
+            state = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # of a dozen kinds, as the damage has it
             raise RunError(
                 f"{file} is damaged, so this run can't go on from it: put a whole copy there, or "
@@ -321,7 +355,9 @@ def write_file(path: Path, content: bytes) -> None:
 # -------------------------------------------------------------------------------------- provenance
 
 
-def identity(recipe: Recipe, seed: int, protocol: str, data: Data) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, seed: int, protocol: str, data: Data, teacher: RunDirectory | None = None
+) -> dict[str, Any]:
     """What tells a run from any other: the fields of config.json that a resumed one must share.
 
     Not the teacher's checksum once the teacher is gone: a finished run has no more need of it.
@@ -335,13 +371,9 @@ def identity(recipe: Recipe, seed: int, protocol: str, data: Data) -> dict[str, 
         "dataset": data.name,
         "limit": data.limit,
         "data_sha256": data.checksum,
-        "teacher_sha256": None,
     }
-    if recipe.teacher is not None:
-        try:
-            who["teacher_sha256"] = RunDirectory(find_run(recipe.teacher)).checksum()
-        except FileNotFoundError:
-            del who["teacher_sha256"]
+    if teacher is not None or recipe.teacher is None:
+        who["teacher_sha256"] = teacher and teacher.checksum()
     return who
 
 
@@ -403,7 +435,7 @@ def _warn_if_elsewhere(begun: dict[str, Any], now: dict[str, Any]) -> None:
         warnings.warn(
             f"this run was begun under other conditions ({'; '.join(changed)}): it goes on, and "
             "may end with other digits than it would have",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

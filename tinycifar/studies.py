@@ -43,9 +43,9 @@ import augment
 from tinycifar.checks import check_whole
 from tinycifar.data import Data, load, title
 from tinycifar.paths import absolute
-from tinycifar.recipes import Recipe, get_recipe
+from tinycifar.recipes import Recipe, check_protocol, get_recipe
 from tinycifar.run_directory import RunDirectory, RunError
-from tinycifar.training import check_settings, experiment_folder, require_teacher, settle, train
+from tinycifar.training import check_seed, require_teacher, settle, train
 
 __all__ = ["Study", "load_study", "train_many"]
 
@@ -112,9 +112,8 @@ def _study(name: str, content: object) -> Study:
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"seeds must be a list of different whole numbers; got {seeds!r}")
-    for recipe in recipes:
-        for seed in seeds:
-            check_settings(recipe, "val", seed)
+    for seed in seeds:
+        check_seed(seed)
     return Study(name, str(content["about"]), tuple(recipes), tuple(seeds))
 
 
@@ -208,17 +207,16 @@ def train_many(
     runs: dict[tuple[Recipe, int], RunDirectory] = {}
     for recipe, seed in pairs:
         one = settle(recipe, seed=seed, protocol=protocol, dataset=data, device=device)
-        run = RunDirectory(absolute(folder) / experiment_folder(one).name)
-        if run in runs.values():
-            raise ValueError(f"two runs would go into {run.path.name}: name each only once")
-        run.refuse_another(one.identity)
-        if run.is_finished:
-            if progress:
-                print(f"{run.path.name}  kept: {_outcome(run)}", flush=True)
-        else:
+        run = RunDirectory(absolute(folder) / one.name)
+        if run.path in {other.path for other in runs.values()}:
+            raise ValueError(f"two runs would go into {one.name}: name recipes and seeds only once")
+        if run.kept(one.identity) is None:
             require_teacher(one)
         runs[recipe, seed] = run
     jobs, threads = _share_out(len(runs), one.device, jobs)
+    for run in runs.values():
+        if run.is_finished and progress:
+            print(f"{run.path.name}  kept: {_outcome(run)}", flush=True)
     waiting = {pair: run for pair, run in runs.items() if not run.is_finished}
     # Of a name, each process loads the data; this one has no more use for it.
     source = dataset if isinstance(dataset, Data) else data.name
@@ -235,9 +233,9 @@ def _pairs(recipes: list[Recipe], seeds: list[int], protocol: str) -> list[tuple
     if not recipes or not seeds:
         raise ValueError("nothing to train: give at least one recipe and one seed")
     for recipe in recipes:
-        for seed in seeds:
-            check_settings(recipe, protocol, seed)
-    return [(recipe, int(seed)) for recipe in recipes for seed in seeds]  # NumPy's as plain ones
+        check_protocol(recipe, protocol)
+    seeds = [check_seed(seed) for seed in seeds]
+    return [(recipe, seed) for recipe in recipes for seed in seeds]
 
 
 def _train_in_processes(

@@ -10,15 +10,13 @@ workers end with the same numbers.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +31,12 @@ from tinycifar import optim
 from tinycifar.acceleration import CompiledNetwork, Memory, peak_memory
 from tinycifar.checks import check_choice, check_flag, check_whole
 from tinycifar.costs import layer_costs
-from tinycifar.data import PROTOCOLS, Data, DataSplits, load, title
+from tinycifar.data import Data, DataSplits, load, title
 from tinycifar.evaluation import accuracy, evaluate, full_precision, log_probabilities
 from tinycifar.loaders import key, make_loader, resized
 from tinycifar.networks import make_network
 from tinycifar.paths import absolute
-from tinycifar.recipes import Recipe, get_recipe
+from tinycifar.recipes import Recipe, check_protocol, get_recipe
 from tinycifar.run_directory import (
     HISTORY_COLUMNS,
     RunDirectory,
@@ -47,15 +45,16 @@ from tinycifar.run_directory import (
     find_run,
     identity,
 )
-from tinycifar.weights import load_pretrained
+from tinycifar.weights import load_network
 
 __all__ = [
     "Experiment",
     "Trainer",
-    "check_settings",
+    "check_seed",
     "deterministic",
     "pick_device",
-    "run_folder",
+    "require_teacher",
+    "run_name",
     "settle",
     "train",
 ]
@@ -76,7 +75,12 @@ OnEpoch = Callable[[Row], Any]
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """What is to be trained, checked and settled: `settle` makes it."""
+    """What is to be trained, checked and settled: `settle` makes it.
+
+    Attributes:
+        teacher: the run of the network to learn from; None without one, or if it is gone.
+        identity: what tells this run from any other, see `run_directory.identity`.
+    """
 
     recipe: Recipe
     seed: int
@@ -84,13 +88,15 @@ class Experiment:
     device: torch.device
     workers: int
     compile: bool | str
-    teacher: Path | None  #: the run directory of the network to learn from
-    identity: dict[str, Any]  #: what tells this run from any other, see run_directory.identity
+    teacher: RunDirectory | None
+    identity: dict[str, Any]
 
     @property
-    def protocol(self) -> str:
-        return self.splits.protocol
+    def name(self) -> str:
+        """How its run directory is called unless told otherwise."""
+        return run_name(self.recipe, self.splits.protocol, self.seed)
 
+    @cached_property
     def config(self) -> dict[str, Any]:
         """What config.json is to hold."""
         stats = self.splits.stats
@@ -120,46 +126,32 @@ def settle(
     Arguments, and what is raised: see `train`.
     """
     recipe = get_recipe(recipe)
-    check_settings(recipe, protocol, seed)
+    check_protocol(recipe, protocol)
     check_choice("compile", compile, (True, False, "auto"))
-    workers, seed = check_whole("workers", workers, 0, 64), check_whole("seed", seed, *SEEDS)
-    found = pick_device(device)
+    workers, seed = check_whole("workers", workers, 0, 64), check_seed(seed)
+    chosen = pick_device(device)
     splits = DataSplits(dataset if isinstance(dataset, Data) else load(dataset), protocol)
     if recipe.batch_size > len(splits.train_index):
         raise ValueError(
             f"batch_size must be a whole number from 1 to {len(splits.train_index)}, "
             f"the number of training images; got {recipe.batch_size}"
         )
-    return Experiment(
-        recipe,
-        seed,
-        splits,
-        found,
-        workers,
-        compile,
-        teacher=None if recipe.teacher is None else _find_teacher(recipe.teacher),
-        identity=identity(recipe, seed, protocol, splits.data),
-    )
+    teacher = None
+    if recipe.teacher is not None:
+        with suppress(FileNotFoundError):  # a finished run can bear that; see require_teacher
+            teacher = RunDirectory(find_run(recipe.teacher))
+    who = identity(recipe, seed, protocol, splits.data, teacher)
+    return Experiment(recipe, seed, splits, chosen, workers, compile, teacher, who)
 
 
-SEEDS = 0, 2**32 - 1  # the lowest and the highest
+def check_seed(seed: int) -> int:
+    """A seed that every generator here takes, as a plain int; else a ValueError."""
+    return check_whole("seed", seed, 0, 2**32 - 1)
 
 
-def check_settings(recipe: str | Recipe, protocol: str, seed: int) -> None:
-    """Refuse with a ValueError what `train` would refuse, before anything else is done."""
-    recipe = get_recipe(recipe)
-    check_choice("protocol", protocol, PROTOCOLS)
-    check_whole("seed", seed, *SEEDS)
-    if recipe.schedule == "plateau" and protocol == "full":
-        raise ValueError(
-            f"recipe {recipe.name!r} has a plateau schedule, which needs a loss to watch, and "
-            "protocol 'full' has none: set schedule to one_cycle, cosine or constant"
-        )
-
-
-def run_folder(recipe: str | Recipe, protocol: str = "val", seed: int = 0) -> Path:
-    """Where a run goes unless told otherwise: runs/<recipe>-<protocol>-seed<seed>."""
-    return absolute("runs") / f"{get_recipe(recipe).name}-{protocol}-seed{seed}"
+def run_name(recipe: Recipe, protocol: str, seed: int) -> str:
+    """How a run directory is called unless told otherwise."""
+    return f"{recipe.name}-{protocol}-seed{seed}"
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -184,14 +176,6 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _find_teacher(run: str) -> Path | None:
-    """The teacher's run directory; None where it is gone, which a finished run can bear."""
-    try:
-        return find_run(run)
-    except FileNotFoundError:
-        return None
-
-
 def require_teacher(experiment: Experiment) -> None:
     """Refuse a teacher that can't teach this run.
 
@@ -199,18 +183,18 @@ def require_teacher(experiment: Experiment) -> None:
         FileNotFoundError: there is no such run. RunError: it isn't finished, so that its weights
         still change. ValueError: it may have seen what is held back here.
     """
-    name, data = experiment.recipe.teacher, experiment.splits.data
+    name, splits = experiment.recipe.teacher, experiment.splits
     if name is None:
         return
-    run = RunDirectory(experiment.teacher or find_run(name))
-    if not run.is_finished:
+    teacher = experiment.teacher or RunDirectory(find_run(name))
+    if not teacher.is_finished:
         raise RunError(f"teacher {name!r} isn't finished: finish its run first")
-    saw = run.config()
-    if (saw["protocol"], saw["data_sha256"]) != (experiment.protocol, data.checksum):
+    saw = teacher.config()
+    if (saw["protocol"], saw["data_sha256"]) != (splits.protocol, splits.data.checksum):
         raise ValueError(
             f"teacher {name!r} was trained under protocol {saw['protocol']!r} on "
-            f"{title(saw['dataset'], saw['limit'])}: it must be {experiment.protocol!r} on "
-            f"{data.title}, as here, so that it passes on nothing that is held back"
+            f"{title(saw['dataset'], saw['limit'])}: it must be {splits.protocol!r} on "
+            f"{splits.data.title}, as here, so that it passes on nothing that is held back"
         )
 
 
@@ -238,7 +222,8 @@ def train(
 
     Args:
         recipe: a name in RECIPES, or a Recipe.
-        run_dir: the run directory, a relative one as in `paths.absolute`; None: `run_folder(...)`.
+        run_dir: the run directory, a relative one as in `paths.absolute`; None:
+            runs/<recipe>-<protocol>-seed<seed>.
         seed: decides initial weights, order and augmentation; not the train/val split.
         protocol: a name in PROTOCOLS.
         dataset: a name for `data.load`, or what it returned.
@@ -273,83 +258,29 @@ def train(
         workers=workers,
         compile=compile,
     )
-    folder = experiment_folder(experiment) if run_dir is None else absolute(run_dir)
-    return run_experiment(experiment, RunDirectory(folder), force, progress, on_epoch)
-
-
-def experiment_folder(experiment: Experiment) -> Path:
-    return run_folder(experiment.recipe, experiment.protocol, experiment.seed)
-
-
-def run_experiment(
-    experiment: Experiment,
-    run: RunDirectory,
-    force: bool = False,
-    progress: bool = True,
-    on_epoch: OnEpoch | None = None,
-) -> dict[str, Any]:
-    """Train a settled experiment into a run directory; see `train`."""
-    if force or not run.is_finished:
-        require_teacher(experiment)  # what is refused leaves no folder behind
-    with run.locked(), deterministic(experiment.device):
-        if not force:
-            run.refuse_another(experiment.identity)
-            if run.is_finished:
-                if progress:
-                    print("This run is finished, and kept: FORCE=1 (force=True) trains it again.")
-                return run.metrics()
-        # Before anything is replaced: what can't be had, a library or memory, shows here.
-        require_teacher(experiment)
-        trainer = Trainer(experiment, progress)
-        run.begin(experiment.config(), experiment.identity, force)
-        try:
-            _fit(trainer, run, on_epoch)
-        except KeyboardInterrupt:
-            print(f"Interrupted: {run.path} is intact; the same command goes on from there.")
-            raise
-        except Diverged as error:
-            raise RunError(
-                f"{error}: training stopped there, and {run.path} is intact up to its last "
-                f"finished epoch; try another name with a lower lr ({_rates(experiment.recipe)})"
-            ) from error
-        metrics = {
-            "name": run.path.name,
-            **trainer.measure(),
-            "weights_sha256": run.checksum(),
-        }
-        run.write_json("metrics.json", metrics)
+    run = RunDirectory(absolute(run_dir or f"runs/{experiment.name}"))
+    if not force and (metrics := run.kept(experiment.identity)):
+        if progress:
+            print("This run is finished, and kept: FORCE=1 (force=True) trains it again.")
         return metrics
-
-
-def _fit(trainer: Trainer, run: RunDirectory, on_epoch: OnEpoch | None) -> None:
-    """Train what is missing; after each epoch the run directory holds all there is."""
-    state = run.checkpoint()
-    if state is not None:
-        trainer.load_state_dict(state)
-        _write_derived(trainer, run)  # the kill may have come between last.pt and these
-    stop = [on_epoch(row) is True for row in trainer.history] if on_epoch else []
-    epochs = trainer.experiment.recipe.epochs
-    with _bar(total=epochs, unit="epoch", on=trainer.progress) as bar:
-        bar.update(len(trainer.history))
-        while not (trainer.stopped or any(stop)):
-            row = trainer.train_epoch()
-            # last.pt first: the one file a resumed run believes. The others follow from it.
-            run.write_tensors("last.pt", trainer.state_dict())
-            _write_derived(trainer, run)
-            if trainer.progress:
-                bar.clear()
-                print(_line(row, epochs), flush=True)
-            bar.update()
-            stop.append(on_epoch is not None and on_epoch(row) is True)
-
-
-def _write_derived(trainer: Trainer, run: RunDirectory) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, HISTORY_COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(trainer.history)
-    run.write("history.csv", text.getvalue().encode())
-    run.write_tensors("best.pt", trainer.best_weights)
+    require_teacher(experiment)
+    with deterministic(experiment.device):
+        # Before anything is replaced: what can't be had, a library or memory, shows here.
+        trainer = Trainer(experiment, progress)
+        with run.opened(experiment.config, experiment.identity, force) as state:
+            if state is not None:
+                trainer.load_state_dict(state)
+            try:
+                trainer.fit(run.save, on_epoch)
+            except KeyboardInterrupt:
+                print(f"Interrupted: {run.path} is intact; the same command goes on from there.")
+                raise
+            except Diverged as error:
+                raise RunError(
+                    f"{error}: training stopped there, and {run.path} is intact up to its last "
+                    f"finished epoch; try another name with a lower lr ({_rates(trainer)})"
+                ) from error
+            return run.finish(trainer.measure())
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -376,11 +307,13 @@ class Trainer:
         if recipe.dirac:
             optim.dirac(model)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)
-        sides, precision = _worth_compiling(experiment), getattr(torch, recipe.precision)
+        precision = getattr(torch, recipe.precision)
+        sides = _worth_compiling(experiment)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
-        self.teacher = None
-        if experiment.teacher is not None:
-            teacher: Any = load_pretrained(experiment.teacher)
+        self.teacher: nn.Module | None = None
+        if recipe.teacher is not None:
+            run = experiment.teacher or RunDirectory(find_run(recipe.teacher))
+            teacher: Any = load_network(run)
             teacher = fuse(teacher) if isinstance(teacher, NetCIFAR10_Tiny) else teacher
             self.teacher = teacher.to(device, memory_format=torch.channels_last)
         self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
@@ -410,6 +343,24 @@ class Trainer:
         patient = recipe.stop_patience is None or waited < recipe.stop_patience
         early = self.experiment.splits.selection is not None and not patient
         return early or len(self.history) >= recipe.epochs
+
+    def fit(self, save: Callable[[dict[str, Any]], None], on_epoch: OnEpoch | None = None) -> None:
+        """Train the epochs that are missing; after each, `save` gets the state.
+
+        For `on_epoch`, and when training stops, see `train`. Raises: see `train_epoch`.
+        """
+        epochs = self.experiment.recipe.epochs
+        stop = [on_epoch(row) is True for row in self.history] if on_epoch else []
+        with _bar(total=epochs, unit="epoch", on=self.progress) as bar:
+            bar.update(len(self.history))
+            while not (self.stopped or any(stop)):
+                row = self.train_epoch()
+                save(self.state_dict())
+                if self.progress:
+                    bar.clear()
+                    print(_line(row, epochs), flush=True)
+                bar.update()
+                stop.append(on_epoch is not None and on_epoch(row) is True)
 
     def train_epoch(self) -> Row:
         """Train and evaluate the next epoch; returns its row of the history.
@@ -513,12 +464,11 @@ class Trainer:
         log_p_tta = log_probabilities(self.evaluated, images, splits.stats, tta=True)
         costs = layer_costs(self.evaluated)
         best, seconds = self.history[self.best_epoch - 1], sum(r["seconds"] for r in self.history)
-        where = conditions(experiment.recipe, experiment.device, experiment.compile)
         return {
             "recipe": experiment.recipe.name,
             "dataset": splits.data.name,
             "limit": splits.data.limit,
-            "protocol": experiment.protocol,
+            "protocol": splits.protocol,
             "seed": experiment.seed,
             "params": sum(row.params for row in costs),
             "macs": sum(row.macs for row in costs),
@@ -534,21 +484,17 @@ class Trainer:
             "images_per_second": len(self.history) * len(splits.train_index) / seconds,
             "compiled_sides": sorted(self.network.sides),
             "peak_memory_mib": peak_memory(),
-            "device": where["device"],
-            "torch": where["torch"],
-            "git_commit": where["git_commit"],
+            **{name: experiment.config[name] for name in ("device", "torch", "git_commit")},
         }
 
 
 def _worth_compiling(experiment: Experiment) -> set[int]:
     """The sides of the images that the network is compiled for."""
-    fed: Counter[int] = Counter()
-    for epoch in range(1, experiment.recipe.epochs + 1):
-        fed[experiment.recipe.side(epoch)] += len(experiment.splits.train_index)
+    epochs, images = experiment.recipe.epochs_by_side(), len(experiment.splits.train_index)
     if experiment.compile == "auto":
         able = experiment.device.type in ("cpu", "cuda")
-        return {side for side in fed if able and fed[side] >= COMPILE_FROM}
-    return set(fed) if experiment.compile else set()
+        return {side for side in epochs if able and epochs[side] * images >= COMPILE_FROM}
+    return set(epochs) if experiment.compile else set()
 
 
 def _require_finite(value: float, what: str) -> None:
@@ -556,10 +502,9 @@ def _require_finite(value: float, what: str) -> None:
         raise Diverged(f"{what} is {value}")
 
 
-def _rates(recipe: Recipe) -> str:
-    """The highest rates of a recipe, in words."""
-    also = f", muon_lr {recipe.muon_lr}" if recipe.optimizer.startswith("muon") else ""
-    return f"this recipe's is {recipe.lr}{also}"
+def _rates(trainer: Trainer) -> str:
+    """The highest rates of a training, in words."""
+    return "this recipe's: " + ", ".join(f"{o.defaults['lr']:g}" for o in trainer.optimizers)
 
 
 def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from tinycifar.evaluation import eval_mode
 from tinycifar.networks import make_network
 from tinycifar.run_directory import RunDirectory, find_run
 
-__all__ = ["load_pretrained", "load_weights", "predict"]
+__all__ = ["load_network", "load_pretrained", "load_weights", "predict"]
 
 SIDE = 32  # of the images that the networks are trained on, in pixels
 
@@ -40,18 +40,22 @@ def load_pretrained(run: str | Path = "tuned") -> Any:
         ValueError: its weights or its config.json can't be used, or the weights aren't those
             whose checksum its metrics.json holds.
     """
-    folder = RunDirectory(find_run(run))
-    config = folder.config()
+    return load_network(RunDirectory(find_run(run)))
+
+
+def load_network(run: RunDirectory) -> Any:
+    """The same for a run directory; see `load_pretrained`."""
+    config = run.config()
     try:
         model: Any = make_network(len(config["classes"]), config["model"])
         model.classes = tuple(config["classes"])
         model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{folder.path / 'config.json'} is not the config.json of a run: {error!r}"
+            f"{run.path / 'config.json'} is not the config.json of a run: {error!r}"
         ) from error
-    folder.verify_weights()
-    return load_weights(folder.path / "best.pt", model).eval()
+    run.verify_weights()
+    return load_weights(run.path / "best.pt", model).eval()
 
 
 def load_weights(path: str | Path, model: nn.Module) -> nn.Module:
