@@ -1,116 +1,26 @@
-"""Run directories in; curves, tables and images out.
+"""Run directories in; tables and figures out.
 
     runs = find_runs("runs")
-    show(runs_table(runs))                      # a table, in a notebook
-    figure = plot_history(runs)                 # a figure, in a notebook
-    figure.savefig("curves.png")                # or in a file
+    table = runs_table(runs)                    # a DataFrame, to sort, filter, plot and save
+    styled(table)                               # as it looks best in a notebook
+    print(markdown(table))                      # ... and in a page
+    figure = plot_history(runs)                 # matplotlib's; shown in a notebook
+    figure.savefig("curves.png")                # or put into a file
 
-Tables are markdown, and say the same however often they are made; figures are matplotlib's, and
-say in their title on which data they rest. Nothing here trains, and nothing here writes.
+Figures say in their title on which data they rest. Nothing here trains, and nothing here writes.
 """
 
-from tinycifar.analysis.figures import (
-    plot_accuracy_vs_cost,
-    plot_augmentations,
-    plot_class_counts,
-    plot_confusion,
-    plot_costs,
-    plot_effective_receptive_field,
-    plot_history,
-    plot_mistakes,
-    plot_per_class,
-    plot_receptive_field,
-    plot_reliability,
-    plot_samples,
-    plot_start,
-    plot_study,
-)
-from tinycifar.analysis.measures import (
-    CalibrationBin,
-    calibration,
-    confusion_matrix,
-    effective_receptive_field,
-)
-from tinycifar.analysis.runs import (
-    Network,
-    Predictions,
-    Run,
-    find_runs,
-    load_data,
-    load_model,
-    load_run,
-    load_runs,
-    predictions,
-    published_code_run,
-    published_networks,
-    published_run,
-    published_study,
-)
-from tinycifar.analysis.tables import (
-    batch_check,
-    choice_table,
-    confusion_table,
-    dilation_table,
-    drops_table,
-    field_table,
-    fit_table,
-    layer_table,
-    metrics_table,
-    recipes_table,
-    runs_table,
-    separable_table,
-    show,
-    show_source,
-    start_table,
-    study_table,
-)
+from tinycifar.analysis import figures, measures, presentation, runs, tables
+from tinycifar.analysis.figures import *  # noqa: F403
+from tinycifar.analysis.measures import *  # noqa: F403
+from tinycifar.analysis.presentation import *  # noqa: F403
+from tinycifar.analysis.runs import *  # noqa: F403
+from tinycifar.analysis.tables import *  # noqa: F403
 
 __all__ = [
-    "Run",
-    "load_run",
-    "load_runs",
-    "find_runs",
-    "load_data",
-    "load_model",
-    "Predictions",
-    "predictions",
-    "show",
-    "show_source",
-    "recipes_table",
-    "metrics_table",
-    "runs_table",
-    "study_table",
-    "choice_table",
-    "drops_table",
-    "start_table",
-    "fit_table",
-    "confusion_table",
-    "layer_table",
-    "field_table",
-    "separable_table",
-    "dilation_table",
-    "batch_check",
-    "plot_class_counts",
-    "plot_samples",
-    "plot_augmentations",
-    "plot_receptive_field",
-    "plot_costs",
-    "plot_history",
-    "confusion_matrix",
-    "plot_confusion",
-    "plot_per_class",
-    "plot_mistakes",
-    "CalibrationBin",
-    "calibration",
-    "plot_reliability",
-    "effective_receptive_field",
-    "plot_effective_receptive_field",
-    "plot_start",
-    "plot_study",
-    "Network",
-    "published_networks",
-    "published_code_run",
-    "published_run",
-    "published_study",
-    "plot_accuracy_vs_cost",
+    *figures.__all__,
+    *measures.__all__,
+    *presentation.__all__,
+    *runs.__all__,
+    *tables.__all__,
 ]

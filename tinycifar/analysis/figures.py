@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
-import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -22,35 +22,50 @@ from matplotlib.transforms import Bbox
 from torch import nn
 
 import augment
-import tinycifar.data as cifar10
 from tinycifar.analysis.measures import (
     augmented,
     calibration,
-    check_at_least,
     confusion_matrix,
     effective_receptive_field,
     share_within,
 )
+from tinycifar.analysis.presentation import mean_std
 from tinycifar.analysis.runs import (
     Predictions,
     Run,
     as_list,
-    comparable,
     counted,
-    gains,
-    grouped,
     load_model,
     published_networks,
-    selects_on,
-    study_groups,
-    val_accuracies,
-    variation_name,
 )
-from tinycifar.analysis.tables import mean_std
-from tinycifar.recipes import Recipe, check_choice
-from tiny_cifar10_net import Field, layer_costs, receptive_field
+from tinycifar.analysis.tables import field_table, layer_table, runs_table, study_table
+from tinycifar.checks import check_choice, check_whole
+from tinycifar.costs import receptive_field
+from tinycifar.data import Data, channel_stats
+from tinycifar.recipes import Recipe
 
-IMAGE_SIDE = 32  # side of a image of CIFAR-10, in pixels
+__all__ = [
+    "plot_accuracy_vs_cost",
+    "plot_augmentations",
+    "plot_class_counts",
+    "plot_confusion",
+    "plot_costs",
+    "plot_effective_receptive_field",
+    "plot_history",
+    "plot_mistakes",
+    "plot_per_class",
+    "plot_receptive_field",
+    "plot_reliability",
+    "plot_samples",
+    "plot_start",
+    "plot_study",
+]
+
+Arguments = ParamSpec("Arguments")
+Colour = Any  # what matplotlib takes for one
+Kind = tuple[str, str, str]  # what runs share that are drawn alike: recipe, protocol, data
+
+IMAGE_SIDE = 32  # side of an image of CIFAR-10, in pixels
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color, 2008).
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -80,11 +95,11 @@ STYLE = {
 }
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     """Draw a figure in this module's style, and leave matplotlib's own settings alone."""
 
     @functools.wraps(draw)
-    def styled(*args, **kwargs) -> Figure:
+    def styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with plt.rc_context(STYLE):
             figure = draw(*args, **kwargs)
             figure.draw_without_rendering()  # ticks take their style when they are first drawn
@@ -101,7 +116,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 @_styled
-def plot_class_counts(data: cifar10.Data) -> Figure:
+def plot_class_counts(data: Data) -> Figure:
     """How many images of each class there are for training and for testing."""
     figure, axes = plt.subplots(figsize=(8, 3.6))
     position, height = np.arange(len(data.classes)), 0.4
@@ -123,9 +138,9 @@ def plot_class_counts(data: cifar10.Data) -> Figure:
 
 
 @_styled
-def plot_samples(data: cifar10.Data, per_class: int = 8) -> Figure:
+def plot_samples(data: Data, per_class: int = 8) -> Figure:
     """The first `per_class` training images of each class, a row a class."""
-    check_at_least("per_class", per_class, 1)
+    check_whole("per_class", per_class, 1)
     rows = [data.train_images[data.train_labels == c] for c in range(len(data.classes))]
     per_class = min(per_class, *map(len, rows))
     size = (max(4.5, 0.62 * per_class + 1.2), 0.62 * len(rows) + 0.6)
@@ -137,7 +152,7 @@ def plot_samples(data: cifar10.Data, per_class: int = 8) -> Figure:
 
 @_styled
 def plot_augmentations(
-    data: cifar10.Data,
+    data: Data,
     policies: Sequence[str] | None = None,
     builds: Sequence[str] | None = None,
     n: int = 6,
@@ -155,10 +170,10 @@ def plot_augmentations(
     Raises:
         ValueError: an unknown policy or build. ImportError: a build's library isn't there.
     """
-    check_at_least("n", n, 1)
+    check_whole("n", n, 1)
     policies = list(augment.POLICIES) if policies is None else list(policies)
     builds = list(augment.BUILDS) if builds is None else list(builds)
-    images, stats = data.train_images[:n], cifar10.channel_stats(data.train_images)
+    images, stats = data.train_images[:n], channel_stats(data.train_images)
     size = (max(4.5, 0.72 * n + 1.4), len(policies) * (0.72 * len(builds) + 0.4) + 0.5)
     figure, all_axes = plt.subplots(len(policies), figsize=size, squeeze=False)
     for axes, policy in zip(all_axes[:, 0], policies, strict=True):
@@ -176,29 +191,29 @@ def plot_augmentations(
 @_styled
 def plot_receptive_field(model: nn.Module) -> Figure:
     """The receptive field after each layer that widens it, with and without dilation."""
-    fields = [f for f in receptive_field(model) if f.kernel > 1]  # 1x1 layers add nothing
+    table = field_table(model).query("kernel > 1").reset_index(drop=True)  # 1x1 layers add nothing
+    sides = table["receptive_field"]
     figure, axes = plt.subplots(figsize=(9, 3.8))
-    position, sides = np.arange(len(fields)), np.array([f.field for f in fields])
-    dilated = np.array([f.dilation > 1 for f in fields])
-    for chosen, label, colour in ((~dilated, "3x3", BLUE), (dilated, "3x3, dilated", ORANGE)):
-        if chosen.any():
-            bars = axes.bar(position[chosen], sides[chosen], 0.7, color=colour, label=label)
-            axes.bar_label(bars, sides[chosen], padding=2, fontsize=9)
-    if dilated.any():
-        undilated = 1 + np.cumsum([f.kernel - 1 for f in fields] * _jumps_before(fields))
-        ends = (position - 0.35, position + 0.35)
+    for dilated, rows in table.groupby(table["dilation"] > 1):
+        look = ("3x3, dilated", ORANGE) if dilated else ("3x3", BLUE)
+        bars = axes.bar(rows.index, rows["receptive_field"], 0.7, color=look[1], label=look[0])
+        axes.bar_label(bars, padding=2, fontsize=9)
+    if (table["dilation"] > 1).any():
+        jumps = table["jump"] // table["stride"]  # between the positions that each layer reads
+        undilated = 1 + ((table["kernel"] - 1) * jumps).cumsum()
+        ends = (table.index - 0.35, table.index + 0.35)
         axes.hlines(undilated, *ends, color=BLACK, linewidth=2, label="the same without dilation")
-        last = {"ha": "center", "va": "top", "color": "white", "fontsize": 9}
-        axes.text(position[-1], undilated[-1] - 0.8, undilated[-1], **last)
+        place, last = table.index[-1], undilated.iloc[-1]
+        axes.text(place, last - 0.8, f"{last}", ha="center", va="top", color="white", fontsize=9)
     axes.axhline(IMAGE_SIDE, color=BLACK, linestyle="--", linewidth=1)
-    axes.text(-0.35, IMAGE_SIDE + 0.7, f"side of a image: {IMAGE_SIDE} px", fontsize=9)
-    axes.set_xticks(position, [_field_label(f) for f in fields], fontsize=8, va="top")
+    axes.text(-0.35, IMAGE_SIDE + 0.7, f"side of an image: {IMAGE_SIDE} px", fontsize=9)
+    axes.set_xticks(table.index, table.apply(_field_label, axis=1), fontsize=8, va="top")
     axes.grid(axis="x", visible=False)
     axes.set_ylim(0, max(IMAGE_SIDE, sides.max()) * 1.12)
     axes.set_ylabel("receptive field, px")
     axes.legend(loc="upper left")
-    name = type(model).__name__
-    axes.set_title(f"{name}: one position of the last layer sees {sides[-1]} x {sides[-1]} px")
+    name, side = type(model).__name__, sides.iloc[-1]
+    axes.set_title(f"{name}: one position of the last layer sees {side} x {side} px")
     return figure
 
 
@@ -209,27 +224,17 @@ def plot_costs(model: nn.Module) -> Figure:
     For one 32 x 32 image. Activations are the values that the layers put out: what a training
     step has to write, read and keep, and what bounds it where there are few multiply-adds.
     """
-    costs = layer_costs(model)
-    stages = list(dict.fromkeys(cost.name.split(".")[0] for cost in costs))
-    panels = {
-        "parameters": [cost.params for cost in costs],
-        "multiply-adds": [cost.macs for cost in costs],
-        "activations": [math.prod(cost.out_shape) for cost in costs],
-    }
-    kinds = [_layer_kind(model.get_submodule(cost.name)) for cost in costs]
-    colours = dict(zip(("standard", "depthwise", "pointwise", "BatchNorm"), COLOURS, strict=False))
+    layers = layer_table(model)
+    kinds = ["standard", "depthwise", "pointwise", "BatchNorm"]
     figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.9))
-    for axes, (what, values) in zip(all_axes, panels.items(), strict=True):
-        below = np.zeros(len(stages))
-        for kind, colour in colours.items():
-            part = np.zeros(len(stages))
-            for cost, its_kind, value in zip(costs, kinds, values, strict=True):
-                if its_kind == kind:
-                    part[stages.index(cost.name.split(".")[0])] += value
-            share = f"{100 * part.sum() / sum(values):.0f} %"
-            axes.bar(stages, part, 0.7, bottom=below, color=colour, label=f"{kind} {share}")
-            below += part
-        axes.set_title(f"{sum(values):,} {what}")
+    for axes, what in zip(all_axes, ("parameters", "multiply_adds", "activations"), strict=True):
+        sums = layers.groupby(["stage", "kind"], sort=False)[what].sum().unstack(fill_value=0)
+        sums, below = sums.reindex(columns=kinds, fill_value=0), np.zeros(len(sums))
+        for kind, colour in zip(kinds, COLOURS, strict=False):
+            label = f"{kind} {100 * sums[kind].sum() / layers[what].sum():.0f} %"
+            axes.bar(sums.index, sums[kind], 0.7, bottom=below, color=colour, label=label)
+            below += sums[kind].to_numpy()
+        axes.set_title(f"{layers[what].sum():,} {what.replace('_', '-')}")
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper left")
@@ -279,13 +284,13 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
 @_styled
 def plot_start(runs: Iterable[Run], epochs: int = 8) -> Figure:
     """Training accuracy over the first epochs: how fast runs start; alike ones share a colour."""
-    check_at_least("epochs", epochs, 1)
+    check_whole("epochs", epochs, 1)
     runs = as_list(runs)
     figure, axes = plt.subplots(figsize=(8, 4.2))
     colours = _colour_by_kind(runs)
     for run in runs:
         shown = slice(min(epochs, run.epochs))
-        look = {"color": colours[_kind(run)], "marker": "o", "label": run.label}
+        look: dict[str, Any] = {"color": colours[_kind(run)], "marker": "o", "label": run.label}
         axes.plot(run.history["epoch"][shown], run.history["train_acc"][shown], **look)
     axes.set(xlabel="epoch", ylabel="training accuracy, as augmented, %")
     axes.legend(loc="lower right")
@@ -347,7 +352,7 @@ def plot_per_class(predictions: Predictions) -> Figure:
 @_styled
 def plot_mistakes(predictions: Predictions, n: int = 16) -> Figure:
     """The `n` images that the network gets wrong and is surest of, surest first."""
-    check_at_least("n", n, 1)
+    check_whole("n", n, 1)
     labels, predicted, classes = predictions.labels, predictions.predicted, predictions.classes
     confidence = np.exp(predictions.log_p.max(axis=1))
     wrong = np.flatnonzero(predicted != labels)
@@ -373,24 +378,22 @@ def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
 
     For the bins and the source see `calibration`.
     """
-    rows, ece = calibration(predictions.log_p, predictions.labels, bins)
-    filled = [row for row in rows if row.count]
-    centres, width = [(row.low + row.high) / 2 for row in filled], 0.94 / bins
+    table, ece = calibration(predictions.log_p, predictions.labels, bins)
+    table = table[table["n"] > 0]
+    centres, width = (table["low"] + table["high"]) / 2, 0.94 / bins
     sizes = {"height_ratios": (3, 1)}
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(6.4, 6), gridspec_kw=sizes)
-    accuracy, confidence = [r.accuracy for r in filled], [r.confidence for r in filled]
+    accuracy, confidence = table["accuracy"], table["confidence"]
     top.bar(centres, accuracy, width, color=BLUE, label="accuracy")
-    gaps = np.subtract(confidence, accuracy)
-    look = {"facecolor": "none", "edgecolor": RED, "hatch": "///", "linewidth": 0.8}
-    top.bar(centres, gaps, width, bottom=accuracy, label="gap to the confidence", **look)
+    look: dict[str, Any] = {"facecolor": "none", "edgecolor": RED, "hatch": "///", "linewidth": 0.8}
+    label = "gap to the confidence"
+    top.bar(centres, confidence - accuracy, width, bottom=accuracy, label=label, **look)
     top.plot((0, 1), (0, 1), "--", color=BLACK, linewidth=1, label="perfectly calibrated")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
-    sure, right = (np.average(x, weights=[r.count for r in filled]) for x in (confidence, accuracy))
-    said = (
-        f"ECE {100 * ece:.2f} %\nmean confidence {100 * sure:.1f} %, accuracy {100 * right:.1f} %"
-    )
+    sure, right = (np.average(100 * x, weights=table["n"]) for x in (confidence, accuracy))
+    said = f"ECE {100 * ece:.2f} %\nmean confidence {sure:.1f} %, accuracy {right:.1f} %"
     top.legend(loc="upper left", title=said, alignment="left", frameon=True)
-    bottom.bar(centres, [row.count for row in filled], width, color=GREY)
+    bottom.bar(centres, table["n"], width, color=GREY)
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="predictions")
     bottom.set_yscale("log")  # nearly all of them are in the last bin
     figure.suptitle(_wrapped(f"Reliability · {predictions.title}", figure))
@@ -401,9 +404,7 @@ def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
 
 
 @_styled
-def plot_effective_receptive_field(
-    source: Run | nn.Module, data: cifar10.Data, n: int = 64
-) -> Figure:
+def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int = 64) -> Figure:
     """The effective receptive field beside the theoretical one and the image.
 
     It is measured on the first `n` test images, each continued by reflection on all sides, so
@@ -412,10 +413,10 @@ def plot_effective_receptive_field(
     Args:
         source: a run, or a network; a network without `mean` and `std` gets those of the data.
     """
-    check_at_least("n", n, 1)
-    is_run = isinstance(source, Run)
-    model, title = (load_model(source), source.title) if is_run else (source, data.title)
-    stats = cifar10.channel_stats(data.train_images)
+    check_whole("n", n, 1)
+    model: Any = load_model(source) if isinstance(source, Run) else source
+    title = source.title if isinstance(source, Run) else data.title
+    stats = channel_stats(data.train_images)
     mean, std = getattr(model, "mean", None) or stats.mean, getattr(model, "std", None) or stats.std
     theoretical, margin = receptive_field(model)[-1].field, IMAGE_SIDE // 2
     around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
@@ -440,25 +441,26 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     Raises:
         ValueError: no finished base among the runs.
     """
-    base, *others = groups = study_groups(runs)
+    table = study_table(runs)
+    base, others = table.iloc[0], table.iloc[1:]
     figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * max(1, len(others))))
-    for row, gain in enumerate(gains(groups)):
-        colour = GREY if not gain.clear else GREEN if gain.points > 0 else RED
-        axes.errorbar(gain.points, row, xerr=gain.interval, fmt="o", color=colour, capsize=3)
-    if not others:
+    for row, (_, other) in enumerate(others.iterrows()):
+        colour = GREY if not other["clear"] else GREEN if other["gain"] > 0 else RED
+        look = {"xerr": other["gain_interval"], "color": colour, "capsize": 3}
+        axes.errorbar(other["gain"], row, fmt="o", **look)
+    if others.empty:
         axes.annotate("no variation is finished yet", (0.5, 0.5), xycoords="axes fraction")
     axes.axvline(0, color=GREY, linestyle="--")
-    axes.set_yticks(range(len(others)), [f"{variation_name(g)}, n = {len(g)}" for g in others])
+    axes.set_yticks(range(len(others)), others["variation"] + ", n = " + others["n"].astype(str))
     axes.set_ylim(max(1, len(others)) - 0.5, -0.5)  # the best on top
     axes.grid(axis="y", visible=False)
-    accuracy = f"{mean_std(val_accuracies(base))} %, n = {len(base)}"
     figure.supxlabel(
-        f"validation accuracy less the base's ({accuracy}), points\n"
-        "bars: 95 % intervals; green: better, red: worse, grey: within noise",
+        f"validation accuracy less the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
+        "points\nbars: 95 % intervals; green: better, red: worse, grey: within noise",
         fontsize=9,
     )
-    epochs = counted(base[0].recipe["epochs"], "epoch")
-    figure.suptitle(_wrapped(f"{title} · {epochs} · {base[0].data_title}", figure))
+    epochs = counted(table.attrs["epochs"], "epoch")
+    figure.suptitle(_wrapped(f"{title} · {epochs} · {table.attrs['data']}", figure))
     return figure
 
 
@@ -476,37 +478,45 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
         ValueError: another cost.
     """
     check_choice("cost", cost, ("parameters", "multiply_adds"))
-    runs, metric = as_list(runs), {"parameters": "params", "multiply_adds": "macs"}[cost]
-    groups, _ = grouped(run for run in runs if comparable(run))
+    runs, networks = as_list(runs), published_networks()
+    comparable = [run for run in runs if _is_comparable(run)]
+    reference, others = networks.iloc[0], networks.iloc[1:].dropna(subset=cost)
     figure, axes = plt.subplots(figsize=(10, 5.6))
-    reference, *others = published_networks()
-    points = [(getattr(p, cost), p.accuracy, p.network, GREY) for p in others if getattr(p, cost)]
-    axes.scatter(*zip(*[point[:2] for point in points], strict=True), s=24, color=GREY)
+    points = [_Point(row[cost], row["accuracy"], row["network"]) for _, row in others.iterrows()]
+    axes.scatter(others[cost], others["accuracy"], s=24, color=GREY)
     # A ring, so that none of our runs of the same network hides it.
-    ring = {"s": 150, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
-    axes.scatter(getattr(reference, cost), reference.accuracy, **ring)
+    ring: dict[str, Any] = {"s": 150, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
+    axes.scatter(reference[cost], reference["accuracy"], **ring)
     colours = _colour_by_kind(runs)
-    for group in groups:
-        points.append(_draw_group(axes, group, metric, colours[_kind(group[0])]))
-    name = f"the reference, as published: {reference.accuracy:.2f}, epoch chosen on test"
-    points.append((getattr(reference, cost), reference.accuracy, name, BLACK))
+    for _, row in runs_table(comparable).iterrows() if comparable else ():
+        spread = row["test_acc_std"] if row["n"] > 2 else None
+        colour = colours[row["recipe"], row["protocol"], row["data"]]
+        axes.errorbar(
+            row[cost], row["test_acc"], spread, fmt="D", color=colour, markersize=7, capsize=4
+        )
+        label = f"{row['recipe']} · {row['protocol']}: {mean_std(row, 'test_acc')}, n = {row['n']}"
+        points.append(_Point(row[cost], row["test_acc"], label, BLACK))
+    name = f"the reference, as published: {reference['accuracy']:.2f}, epoch chosen on test"
+    points.append(_Point(reference[cost], reference["accuracy"], name, BLACK))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.margins(x=0.12, y=0.08)
-    names = {"parameters": "trainable parameters", "multiply_adds": "multiply-adds a image"}
-    axes.set_xlabel(names[cost])
-    axes.set_ylabel("test accuracy, %")
-    left_out = sum(not comparable(run) for run in runs)
-    notes = ["Grey, and the ring: as their authors report it, see results/published.csv."]
-    if left_out:
+    names = {"parameters": "trainable parameters", "multiply_adds": "multiply-adds per image"}
+    axes.set(xlabel=names[cost], ylabel="test accuracy, %", title="Small networks on CIFAR-10")
+    notes = "Grey, and the ring: as their authors report it, see results/published.csv."
+    if left_out := len(runs) - len(comparable):
         why = "not finished, or not on the whole of CIFAR-10"
-        notes.append(f"Left out: {counted(left_out, 'run')}, {why}.")
-    figure.supxlabel(" ".join(notes), fontsize=9, color="#444444")
-    axes.set_title("Small networks on CIFAR-10")
+        notes += f" Left out: {counted(left_out, 'run')}, {why}."
+    figure.supxlabel(notes, fontsize=9, color="#444444")
     _label_points(axes, points[::-1])  # this network first: it gets the best places
     return figure
+
+
+def _is_comparable(run: Run) -> bool:
+    whole = run.config["dataset"] == "cifar10" and run.config.get("limit") is None
+    return whole and run.metrics is not None
 
 
 # --------------------------------------------------------------------------------- parts of figures
@@ -515,16 +525,16 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
 def _selection_labels(runs: Sequence[Run]) -> str:
     """What the solid curves show; empty where nothing was selected."""
     labels = {"validation": "validation", "test": "test (selection!)"}
-    selected_on = dict.fromkeys(filter(None, map(selects_on, runs)))
+    selected_on = dict.fromkeys(filter(None, (run.selects_on for run in runs)))
     return " and ".join(labels[where] for where in selected_on)
 
 
-def _kind(run: Run) -> tuple[str, str, str]:
+def _kind(run: Run) -> Kind:
     """What runs share that differ in their seed alone, as far as a figure tells them apart."""
-    return run.config["recipe"]["name"], run.protocol, run.data_title
+    return run.recipe["name"], run.protocol, run.data_title
 
 
-def _colour_by_kind(runs: Sequence[Run]) -> dict[tuple, str]:
+def _colour_by_kind(runs: Sequence[Run]) -> dict[Kind, Colour]:
     """A colour for each kind of run, the same in every figure of the same runs."""
     kinds = list(dict.fromkeys(map(_kind, runs)))
     return dict(zip(kinds, _colours(len(kinds)), strict=True))
@@ -541,21 +551,26 @@ def _sides(run: Run) -> dict[int, int]:
     """The side of the training images, in pixels, by the epoch that it first comes with."""
     growth = {name: run.recipe[name] for name in ("epochs", "start_side", "grow")}
     recipe = Recipe("", **growth)
-    sides = {}
+    sides: dict[int, int] = {}
     for epoch in range(1, run.epochs + 1):
         if recipe.side(epoch) not in sides.values():
             sides[epoch] = recipe.side(epoch)
     return sides
 
 
-def _draw_growth(axes: Axes, sides: dict[int, int], colour, *, named: bool) -> None:
+def _draw_growth(axes: Axes, sides: dict[int, int], colour: Colour, *, named: bool) -> None:
     """A line where the training images become larger; with their sides written above."""
     for epoch, side in sides.items() if len(sides) > 1 else ():
         if epoch > 1:
             axes.axvline(epoch - 0.5, color=colour, linestyle=":", linewidth=1)
         if named:
-            place = {"xy": (epoch - 0.5, 1), "xycoords": ("data", "axes fraction")}
-            note = {"xytext": (2, 1), "textcoords": "offset points", "fontsize": 8, "color": GREY}
+            place: dict[str, Any] = {"xy": (epoch - 0.5, 1), "xycoords": ("data", "axes fraction")}
+            note: dict[str, Any] = {
+                "xytext": (2, 1),
+                "textcoords": "offset points",
+                "fontsize": 8,
+                "color": GREY,
+            }
             axes.annotate(f"{side} px", **place, **note)
 
 
@@ -567,8 +582,12 @@ def _wrapped(title: str, figure: Figure, share: float = 1.0) -> str:
     return "\n".join(lines).replace("\xa0", " ")
 
 
-def _colours(n: int) -> list:
-    return list(COLOURS[:n]) if n <= len(COLOURS) else list(plt.cm.viridis(np.linspace(0, 0.9, n)))
+def _colours(n: int) -> list[Colour]:
+    return (
+        list(COLOURS[:n])
+        if n <= len(COLOURS)
+        else list(plt.get_cmap("viridis")(np.linspace(0, 0.9, n)))
+    )
 
 
 def _draw_mosaic(axes: Axes, images: np.ndarray, names: Sequence[str], gap: int = 2) -> None:
@@ -585,21 +604,8 @@ def _draw_mosaic(axes: Axes, images: np.ndarray, names: Sequence[str], gap: int 
     axes.spines[:].set_visible(False)
 
 
-def _layer_kind(layer: nn.Module) -> str:
-    if not isinstance(layer, nn.Conv2d):
-        return "BatchNorm"
-    if layer.groups > 1:
-        return "depthwise"
-    return "pointwise" if layer.kernel_size == (1, 1) else "standard"
-
-
-def _jumps_before(fields: Sequence[Field]) -> np.ndarray:
-    """How far apart, in pixels of the image, the positions are that each layer reads."""
-    return np.array([f.jump // f.stride for f in fields])
-
-
 def _described(policy: augment.Policy) -> str:
-    """What may happen to a image, each with its probability, in a line."""
+    """What may happen to an image, each with its probability, in a line."""
     what = []
     if policy.flip:
         what.append(f"flip ({100 * policy.flip:g} %)")
@@ -615,22 +621,21 @@ def _described(policy: augment.Policy) -> str:
     return ", ".join(what) or "nothing"
 
 
-def _field_label(field: Field) -> str:
+def _field_label(row: pd.Series) -> str:
     """A layer's name, and below it what sets it apart."""
-    apart = [f"dilation {field.dilation}"] if field.dilation > 1 else []
-    apart += [f"stride {field.stride}"] if field.stride > 1 else []
-    return "\n".join([field.name, *apart])
+    apart = [f"{name} {row[name]}" for name in ("dilation", "stride") if row[name] > 1]
+    return "\n".join([row["layer"], *apart])
 
 
 def _marker(run: Run) -> str:
     return "o" if run.epochs <= 15 else ""  # a single epoch is a point; fifty are a line
 
 
-def _draw_curves(axes: Axes, run: Run, what: str, colour) -> None:
+def _draw_curves(axes: Axes, run: Run, what: str, colour: Colour) -> None:
     epochs, look = run.history["epoch"], {"color": colour, "marker": _marker(run)}
     selection = run.history[f"val_{what}"]
     axes.plot(epochs, run.history[f"train_{what}"], "--", markerfacecolor="white", **look)
-    if selects_on(run) is None:
+    if run.selects_on is None:
         return
     axes.plot(epochs, selection, "-", **look)
     if run.metrics is not None:
@@ -651,7 +656,7 @@ def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict) -> None:
     entries["train, as augmented"] = {"color": GREY, "linestyle": "--"}
     if solid := _selection_labels(runs):
         entries[solid] = {"color": GREY}
-    if any(run.metrics and selects_on(run) for run in runs):
+    if any(run.metrics and run.selects_on for run in runs):
         entries["selected epoch"] = {"color": GREY, "marker": "*", "ls": "", "markersize": 11}
     if any(len(_sides(run)) > 1 for run in runs):
         entries["training images grow"] = {"color": GREY, "linestyle": ":"}
@@ -661,7 +666,7 @@ def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
-def _named(runs: Sequence[Run], kind: tuple[str, str, str]) -> str:
+def _named(runs: Sequence[Run], kind: Kind) -> str:
     """The runs of a kind, their seeds, and how many of them aren't finished."""
     alike = [run for run in runs if _kind(run) == kind]
     if len(alike) == 1:
@@ -680,7 +685,7 @@ def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) ->
     shown = field / field.max()
     image = axes.imshow(shown, cmap="magma", norm=LogNorm(1e-4, 1, clip=True))
     axes.figure.colorbar(image, ax=axes, label="gradient, relative to its peak", shrink=0.85)
-    look = {"fill": False, "linewidth": 1.6}
+    look: dict[str, Any] = {"fill": False, "linewidth": 1.6}
     corner, low = (margin - 0.5,) * 2, (centre - theoretical / 2,) * 2
     square = Rectangle(corner, IMAGE_SIDE, IMAGE_SIDE, edgecolor="white", linestyle="--", **look)
     axes.add_patch(square).set_label(f"the image, {IMAGE_SIDE} px")
@@ -694,7 +699,7 @@ def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) ->
 def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
     """How much of the gradient lies within a centred square of each side."""
     sides = np.arange(1, len(field) + 1, 2)  # odd: only these are centred on a pixel
-    shares = np.array([share_within(field, side) for side in sides])
+    shares = np.array([share_within(field, int(side)) for side in sides])
     axes.plot(sides, shares, color=BLUE, label="measured")
     even = 100 * np.minimum(sides / theoretical, 1) ** 2
     axes.plot(sides, even, "--", color=GREY, label="spread evenly over the theoretical field")
@@ -702,7 +707,12 @@ def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
     for side in dict.fromkeys((half, most, theoretical)):
         share = share_within(field, side)
         axes.plot(side, share, "o", color=BLUE, markersize=6)
-        place = {"xytext": (6, -5), "textcoords": "offset points", "ha": "left", "va": "top"}
+        place: dict[str, Any] = {
+            "xytext": (6, -5),
+            "textcoords": "offset points",
+            "ha": "left",
+            "va": "top",
+        }
         place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
         axes.annotate(f"{share:.1f} %\nwithin {side} px", (side, share), fontsize=9, **place)
     axes.set(xlim=(0, len(field)), ylim=(0, 105))
@@ -710,27 +720,25 @@ def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
     axes.legend(loc="lower right")
 
 
-def _draw_group(axes: Axes, group: list[Run], metric: str, colour) -> tuple[int, float, str, str]:
-    """One recipe's runs as a point, of three with an error bar; returns what its label needs."""
-    accuracies = [run.metrics["test_acc"] for run in group]
-    mean, x = statistics.fmean(accuracies), group[0].metrics[metric]
-    std = statistics.stdev(accuracies) if len(group) > 2 else None
-    axes.errorbar(x, mean, std, fmt="D", color=colour, markersize=7, capsize=4)
-    run = group[0]
-    name = f"{run.config['recipe']['name']} · {run.protocol}: {mean_std(accuracies)}"
-    return x, mean, f"{name}, n = {len(group)}", colour
+class _Point(NamedTuple):
+    """A point to be named."""
+
+    x: float
+    y: float
+    name: str
+    colour: str = "#555555"
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+def _label_points(axes: Axes, points: Sequence[_Point]) -> None:
     """Name each point where its name covers no other: the first free place around it."""
-    axes.figure.draw_without_rendering()  # places are known only once the layout is
-    spots = [axes.transData.transform(point[:2]) for point in points]
+    axes.get_figure(root=True).draw_without_rendering()  # places are known only once the layout is
+    spots = [axes.transData.transform((point.x, point.y)) for point in points]
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     frame = axes.get_window_extent()
-    for x, y, name, colour in points:
-        look = {"fontsize": 9, "color": "#555555" if colour == GREY else BLACK}
+    for point in points:
+        look: dict[str, Any] = {"fontsize": 9, "color": point.colour, "textcoords": "offset points"}
         for place in _PLACES:
-            note = axes.annotate(name, (x, y), textcoords="offset points", **place, **look)
+            note = axes.annotate(point.name, (point.x, point.y), **place, **look)
             note.get_window_extent()  # puts the text in its place
             box = Text.get_window_extent(note)  # the text's, without a line to the point
             inside = frame.x0 < box.x0 and box.x1 < frame.x1

@@ -1,84 +1,78 @@
-"""Tables, in markdown: the same however often they are made."""
+"""Tables: pandas frames of numbers. `presentation` says how they look.
+
+Accuracies are percentages, differences of accuracies points. NaN is what isn't there.
+"""
 
 from __future__ import annotations
 
-import inspect
-import statistics
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
 import augment
-import tinycifar.data as cifar10
-from tinycifar.analysis.measures import (
-    check_at_least,
-    confusion_matrix,
-    normalised_moments,
-)
+from tiny_cifar10_net import NetCIFAR10_Tiny, SeparableConv
+from tinycifar.analysis.measures import confusion_matrix, gains, normalised_moments
 from tinycifar.analysis.runs import (
     Predictions,
     Run,
     as_list,
     counted,
-    gains,
-    grouped,
     load_model,
+    pool_key,
     published_run,
-    require_its_data,
-    selects_on,
-    study_groups,
-    val_accuracies,
-    variation_name,
+    splits_of,
 )
+from tinycifar.checks import check_whole
+from tinycifar.costs import layer_costs, receptive_field
+from tinycifar.data import Data, channel_stats
+from tinycifar.evaluation import evaluate
 from tinycifar.recipes import Recipe
-from tiny_cifar10_net import (
-    Field,
-    LayerCost,
-    NetCIFAR10_Tiny,
-    SeparableConv,
-    layer_costs,
-    receptive_field,
-)
-from tinycifar.training import evaluate, train_index
+
+__all__ = [
+    "batch_check",
+    "choice_table",
+    "confusion_table",
+    "dilation_table",
+    "drops_table",
+    "field_table",
+    "fit_table",
+    "layer_table",
+    "metrics_table",
+    "recipes_table",
+    "runs_table",
+    "separable_table",
+    "start_table",
+    "study_table",
+]
+
+STATISTICS = {"": "mean", "_std": "std", "_min": "min", "_max": "max"}  # by a column's suffix
+
+# ------------------------------------------------------------------------------------ of recipes
 
 
-def show(markdown: str) -> None:
-    """Display a table in a notebook."""
-    from IPython.display import Markdown, display
-
-    display(Markdown(markdown))
-
-
-def show_source(thing: object) -> None:
-    """Display the code of a class or a function in a notebook."""
-    show(f"```python\n{textwrap.dedent(inspect.getsource(thing))}```")
-
-
-# ------------------------------------------------------------------------------------------ of runs
-
-
-def recipes_table(recipes: Iterable[Recipe], all_fields: bool = False) -> str:
-    """Recipes side by side, a dash where a field isn't used: those in which they differ.
+def recipes_table(recipes: Iterable[Recipe], all_fields: bool = False) -> pd.DataFrame:
+    """Recipes side by side, a row for each field in which they differ.
 
     Args:
-        all_fields: all that any of them uses; those in which they differ are bold.
+        all_fields: for each that any of them uses, too.
+
+    Returns:
+        field, a column for each recipe (None where the field isn't used), differs.
     """
-    recipes = list(recipes)
-    rows = []
-    for name in asdict(recipes[0]):
-        values = [_used(recipe, name) for recipe in recipes]
-        differ = len(set(values)) > 1
-        if name == "name" or not (differ or all_fields) or set(values) == {"–"}:
-            continue
-        shown = f"**`{name}`**" if differ and all_fields else f"`{name}`"
-        rows.append((shown, *values))
-    return _table(("", *(f"`{recipe.name}`" for recipe in recipes)), rows)
+    columns = {recipe.name: _used(recipe) for recipe in dict.fromkeys(recipes)}
+    table = pd.DataFrame(columns, dtype=object).drop(index="name")
+    table["differs"] = table.map(repr).nunique(axis=1) > 1
+    used = table.drop(columns="differs").notna().any(axis=1)
+    chosen = table[used & (table["differs"] | all_fields)]
+    return chosen.rename_axis("field").reset_index()
 
 
-def _used(recipe: Recipe, name: str) -> str:
+def _used(recipe: Recipe) -> dict[str, Any]:
+    """Its fields, None for those without effect."""
     unused = {
         "muon_lr": not recipe.optimizer.startswith("muon"),
         "momentum": recipe.optimizer == "adamw",
@@ -88,443 +82,488 @@ def _used(recipe: Recipe, name: str) -> str:
         "grow": recipe.start_side == 32,
         "teaching": recipe.teacher is None,
         "temperature": recipe.teacher is None,
+        "skips": recipe.network == "tiny",
+        "activation": recipe.network == "tiny",
+        "dilated": recipe.network != "tiny",
+        "separable": recipe.network != "tiny",
+        "width": recipe.network != "tiny",
     }
-    value = getattr(recipe, name)
-    return "–" if value is None or unused.get(name) else str(value)
+    return {name: None if unused.get(name) else value for name, value in asdict(recipe).items()}
 
 
-def metrics_table(run: Run, times: bool = False) -> str:
-    """The final metrics of a run, or how far it is.
+# --------------------------------------------------------------------------------------- of runs
+
+
+def metrics_table(runs: Run | Iterable[Run], times: bool = False) -> pd.DataFrame:
+    """A row for each run: what it is, and what came out, NaN while it isn't finished.
 
     Args:
-        times: also say how long it took, and where: the lines that differ when it is repeated.
+        times: also how long it took, and where: what differs when it is repeated.
+
+    Returns:
+        run, recipe, data, protocol, seed, train_images, selection_images, test_images, parameters,
+        multiply_adds, epochs (done), epochs_planned, selects_on, best_epoch, train_acc, val_acc,
+        val_loss (on validation, nothing else), test_acc, test_loss, test_acc_tta; with `times`
+        minutes, images_per_second, device, torch, git_commit.
+
+    Raises:
+        ValueError: no run at all.
     """
-    rows = [
-        ("run", run.name),
-        ("recipe", run.config["recipe"]["name"]),
-        ("data", run.data_title),
-        ("protocol", run.protocol),
-        ("images: train / selection / test", _split_sizes(run)),
-        ("seed", run.config["seed"]),
-    ]
-    if run.metrics is None:
-        rows.append(("state", f"unfinished, {_progress(run)} epochs"))
-        return _table(("", "value"), rows, text_columns=2)
-    m, where = run.metrics, selects_on(run)
-    rows += [
-        ("parameters", f"{m['params']:,}"),
-        ("multiply-adds per image", f"{m['macs']:,}"),
-        ("epochs trained", m["epochs_run"]),
-        ("selected epoch", f"{m['best_epoch']}, {f'by {where} loss' if where else 'the last'}"),
-        ("training accuracy, as augmented", _percent(m["train_acc"])),
-    ]
-    if where == "validation":
-        rows.append(("validation accuracy", _percent(m["val_acc"])))
-        rows.append(("validation loss", f"{m['val_loss']:.4f}"))
-    rows += [
-        ("**test accuracy**", f"**{_percent(m['test_acc'])}**"),
-        ("test loss", f"{m['test_loss']:.4f}"),
-        ("test accuracy with flip at test time", _percent(m["test_acc_tta"])),
-    ]
-    if times:
-        rows += [
-            ("training time", f"{m['seconds_train'] / 60:.1f} min"),
-            ("training speed", f"{m['images_per_second']:,.0f} images/s"),
-            ("device", m["device"]),
-            ("torch", m["torch"]),
-            ("git commit", m["git_commit"] or "not known"),
-        ]
-    return _table(("", "value"), rows, text_columns=2)
+    runs = as_list(runs)
+    if not runs:
+        raise ValueError("there is no run to show: pass one or more, as load_run gives them")
+    table = pd.DataFrame([_metrics(run) for run in runs])
+    for name in ("val_acc", "val_loss"):  # those of test-selected were measured on test
+        table[name] = table[name].where(table["selects_on"] == "validation")
+    if not times:
+        table = table.drop(columns=["minutes", *_WHERE])
+    table.attrs["vertical"] = True
+    return table
 
 
-def runs_table(runs: Iterable[Run], reference: bool = False, times: bool = False) -> str:
-    """A row for each (recipe, data, protocol): mean and sample standard deviation over its seeds.
+_NUMBERS = ("best_epoch", "train_acc", "val_acc", "val_loss", "test_acc", "test_loss")
+_WHERE = ("images_per_second", "device", "torch", "git_commit")
 
-    An unfinished run has a row of its own that says how far it is, and no accuracy. A seed that
-    comes twice counts once, and the table says so.
+
+def _metrics(run: Run) -> dict[str, Any]:
+    metrics, split = run.metrics or {}, run.config.get("split", {})
+    return {
+        "run": run.name,
+        "recipe": run.recipe["name"],
+        "data": run.data_title,
+        "protocol": run.protocol,
+        "seed": run.config["seed"],
+        **{f"{part}_images": split.get(part) for part in ("train", "selection", "test")},
+        "parameters": metrics.get("params"),
+        "multiply_adds": metrics.get("macs"),
+        "epochs": run.epochs,
+        "epochs_planned": run.recipe["epochs"],
+        "selects_on": run.selects_on,
+        # NaN, so that a column is one of numbers though none of the runs has it.
+        **{name: metrics.get(name, np.nan) for name in (*_NUMBERS, "test_acc_tta")},
+        "minutes": metrics.get("seconds_train", np.nan) / 60,
+        **{name: metrics.get(name) for name in _WHERE},
+    }
+
+
+def _pooled(runs: list[Run], **more: list[Any]) -> tuple[pd.DataFrame, list[str]]:
+    """A row for each run, `pool` the same where they are alike but for their seed.
+
+    Returns:
+        metrics_table with times, pool and the columns of `more`, finished runs first; and the names
+        of the runs that are left out, as their seed came before.
+    """
+    table = metrics_table(runs, times=True).assign(**more)
+    keys = (pool_key(run) if run.metrics else f"unfinished {i}" for i, run in enumerate(runs))
+    table["pool"], table["finished"] = list(keys), [run.metrics is not None for run in runs]
+    repeated = table.duplicated(["pool", "seed"])
+    table.attrs = {}
+    ordered = table[~repeated].sort_values("finished", ascending=False, kind="stable")
+    return ordered, list(table["run"][repeated])
+
+
+def _statistics(*columns: str) -> dict[str, tuple[str, str]]:
+    """Mean, std, min and max of each column, as `agg` takes them."""
+    return {f"{c}{suffix}": (c, how) for c in columns for suffix, how in STATISTICS.items()}
+
+
+def _range(column: str) -> dict[str, tuple[str, str]]:
+    return {f"{column}_min": (column, "min"), f"{column}_max": (column, "max")}
+
+
+def _first(*columns: str) -> dict[str, tuple[str, str]]:
+    return {column: (column, "first") for column in columns}
+
+
+def runs_table(
+    runs: Run | Iterable[Run], reference: bool = False, times: bool = False
+) -> pd.DataFrame:
+    """A row for each recipe, data and protocol: mean and sample standard deviation over its seeds.
+
+    Runs are pooled only where the whole recipe agrees, and a seed counts once. An unfinished run
+    has a row of its own, with n = 0 and no accuracy.
 
     Args:
         reference: begin with what the published reference reports.
-        times: also say how long training took, which is another time when it is repeated.
+        times: also how long training took, which is another time when it is repeated.
+
+    Returns:
+        recipe, data, protocol, n, seeds (text), parameters, multiply_adds, epochs_min, epochs_max,
+        epochs_planned; each with its _std, _min and _max: val_acc, test_acc, test_acc_tta,
+        test_loss; with `times` minutes_min, minutes_max.
     """
-    runs = as_list(runs)
-    groups, repeats = grouped(runs)
-    unfinished = [run for run in runs if run.metrics is None]
-    rows = [_group_row([published_run()])] if reference else []
-    rows += [_group_row(group) for group in groups] + [_unfinished_row(run) for run in unfinished]
-    header = ("recipe", "data", "protocol", "seeds", "parameters", "epochs")
-    header += ("validation, %", "test, %", "test with flip, %", "test loss", "minutes")
+    each, repeats = _pooled([published_run()] * reference + as_list(runs))
+    table = each.groupby("pool", sort=False).agg(
+        **_first("recipe", "data", "protocol"),
+        n=("finished", "sum"),
+        seeds=("seed", lambda seeds: ", ".join(map(str, seeds))),
+        **_first("parameters", "multiply_adds"),
+        **_range("epochs"),
+        **_first("epochs_planned"),
+        **_statistics("val_acc", "test_acc", "test_acc_tta", "test_loss"),
+        **_range("minutes"),
+    )
     if not times:
-        header, rows = header[:-1], [row[:-1] for row in rows]
-    notes = ["Mean ± sample standard deviation over seeds; of two seeds both figures."]
+        table = table.drop(columns=["minutes_min", "minutes_max"])
+    note = "Mean ± sample standard deviation over seeds; of two seeds both figures."
     if repeats:
-        notes.append(f"Left out, as their seed is there already: {', '.join(repeats)}.")
-    return f"{_table(header, rows, text_columns=3)}\n{' '.join(notes)}\n"
+        note += f" Left out, as their seed is there already: {', '.join(repeats)}."
+    return _noted(table, note)
 
 
-def study_table(runs: Iterable[Run]) -> str:
+def study_table(runs: Iterable[Run]) -> pd.DataFrame:
     """Variations of a recipe against the recipe itself, the run or runs called `base`.
 
-    Accuracies are those on validation, which a choice may rest on; for the standard error of a
-    gain see `analysis.runs.gains`.
+    The base comes first, then the best. Accuracies are those on validation, which a choice may
+    rest on; for what a gain is and when it is clear see `measures.gains`.
+
+    Returns:
+        variation, changes (text), n, val_acc with its _std, _min and _max, val_loss, gain,
+        gain_error, gain_interval, clear. attrs: data and epochs of the base, note.
 
     Raises:
-        ValueError: no finished base among the runs, or runs under another protocol than `val`.
+        ValueError: not one base with a finished run, or runs under another protocol than `val`, or
+            on different data.
     """
     runs = as_list(runs)
-    base, *others = groups = study_groups(runs)
-    rows = [("base", "", f"n = {len(base)}", mean_std(val_accuracies(base)), _mean_loss(base), "–")]
-    for group, gain in zip(others, gains(groups), strict=True):
-        shown = f"{gain.points:+.2f} ± {gain.error:.2f}"
-        shown = f"**{shown}**" if gain.clear else shown
-        changes = _changes(base[0], group[0])
-        accuracy, loss = mean_std(val_accuracies(group)), _mean_loss(group)
-        rows.append((variation_name(group), changes, f"n = {len(group)}", accuracy, loss, shown))
-    header = ("variation", "what changes", "seeds", "validation, %", "loss", "gain over base")
-    epochs = counted(base[0].config["recipe"]["epochs"], "epoch")
-    note = (
-        f"{base[0].data_title}, {epochs} unless said otherwise. Accuracy: mean ± standard "
-        "deviation over seeds (of two, both figures); loss: its mean; gain: in accuracy, ± its "
-        "standard error (`analysis.runs.gains`), bold where beyond noise (t-test at 5 %)."
+    finished = [run for run in runs if run.metrics is not None]
+    if len({run.data_title for run in finished}) > 1:
+        raise ValueError("a study compares on the same data: pass the runs on one data set only")
+    if any(run.protocol != "val" for run in finished):
+        raise ValueError("a study compares on validation: pass runs under the protocol val only")
+    bases = {pool_key(run): run for run in finished if run.recipe["name"] == "base"}
+    if len(bases) != 1:
+        raise ValueError(
+            f"a study has one base with a finished run; here there are {len(bases)}: train it "
+            "first, with make sweep STUDY=..., and pass the runs of one study"
+        )
+    (base,) = bases.values()
+    each, _ = _pooled(
+        finished,
+        variation=[run.recipe["name"].replace("_", " ") for run in finished],
+        changes=[_changes(base, run) for run in finished],
     )
-    waiting = sum(run.metrics is None for run in runs)
-    if waiting:
+    table = each.groupby("pool", sort=False).agg(
+        **_first("variation", "changes"),
+        n=("finished", "sum"),
+        **_statistics("val_acc"),
+        val_loss=("val_loss", "mean"),
+    )
+    worse = -table["val_acc"].where(table["variation"] != "base", np.inf)
+    table = table.loc[worse.sort_values(kind="stable").index]
+    table = table.join(gains(table, base.config["split"]["selection"]))
+    note = (
+        f"{base.data_title}, {counted(base.recipe['epochs'], 'epoch')} unless said otherwise. "
+        "Accuracy: mean ± standard deviation over seeds (of two, both figures); loss: its mean; "
+        "gain: in accuracy, ± its standard error (`analysis.gains`), bold where beyond noise "
+        "(t-test at 5 %)."
+    )
+    if waiting := len(runs) - len(finished):
         note += f" Not finished, and left out: {counted(waiting, 'run')}."
-    return f"{_table(header, rows, text_columns=2)}\n{note}\n"
-
-
-def _mean_loss(group: list[Run]) -> str:
-    return f"{statistics.fmean(run.metrics['val_loss'] for run in group):.3f}"
+    table.attrs |= {"data": base.data_title, "epochs": base.recipe["epochs"]}
+    return _noted(table, note)
 
 
 def _changes(base: Run, run: Run) -> str:
-    """The fields of a recipe that differ from the base's."""
+    """The fields of a recipe that differ from the base's, one retired since among them."""
     was, now = base.recipe, run.recipe
-    changed = [k for k in now if k != "name" and now[k] != was[k]]
-    return ", ".join(f"`{k}={now[k]}`" for k in changed)
+    names = [name for name in {**was, **now} if name != "name" and was.get(name) != now.get(name)]
+    return ", ".join(f"{name}={now.get(name, 'default')}" for name in names)
 
 
-def choice_table(runs: Iterable[Run]) -> str:
-    """What choosing the epoch is worth: the chosen epoch beside the last and the luckiest.
+def choice_table(runs: Run | Iterable[Run]) -> pd.DataFrame:
+    """What selecting the epoch is worth: the selected epoch beside the last and the highest.
 
-    A row for each (recipe, data, protocol) that chooses; means and standard deviations over its
-    seeds. Accuracies are those on the images that chose (by their loss): under `test-selected`,
-    the test images, and then "chosen − last" goes into the result. What stopping and a schedule
-    that watch the same images add to that doesn't show here.
+    A row for each recipe, data and protocol that selects. Accuracies are those on the images that
+    select (by their loss): under `test-selected`, the test images, and then best_minus_last goes
+    into the result. What stopping and a schedule that watch the same images add to that doesn't
+    show here.
+
+    Returns:
+        recipe, data, protocol, n, selects_on, best_epoch_min, best_epoch_max; each with its _std,
+        _min and _max: best_acc, last_acc, best_minus_last, highest_minus_last, test_acc. No rows
+        where no run selects.
     """
-    groups, _ = grouped(as_list(runs))
-    rows = [_choice_row(group) for group in groups if selects_on(group[0])]
-    if not rows:
-        return "No finished run here chose its epoch.\n"
-    header = ("recipe", "data", "protocol", "seeds", "chosen on", "chosen epoch", "there, %")
-    header += ("last epoch, %", "chosen − last", "highest − last", "test, %")
-    return _table(header, rows, text_columns=3)
-
-
-def _choice_row(group: list[Run]) -> tuple:
-    accuracy = [run.history["val_acc"] for run in group]
-    chosen = [a[run.metrics["best_epoch"] - 1] for a, run in zip(accuracy, group, strict=True)]
-    last, highest = [a[-1] for a in accuracy], [a.max() for a in accuracy]
-    return (
-        *_labels(group[0]),
-        f"n = {len(group)}",
-        selects_on(group[0]),
-        _range([run.metrics["best_epoch"] for run in group]),
-        mean_std(chosen),
-        mean_std(last),
-        mean_std(np.subtract(chosen, last), sign="+"),
-        mean_std(np.subtract(highest, last), sign="+"),
-        mean_std([run.metrics["test_acc"] for run in group]),
+    selecting = [run for run in as_list(runs) if run.metrics and run.selects_on]
+    if not selecting:
+        return _noted(pd.DataFrame(), "No finished run here selected its epoch.")
+    curves = [run.history.set_index("epoch")["val_acc"] for run in selecting]
+    best = [c[run.metrics["best_epoch"]] for c, run in zip(curves, selecting, strict=True)]  # type: ignore[index]  # finished
+    last = [curve.iloc[-1] for curve in curves]
+    each, _ = _pooled(
+        selecting,
+        best_acc=best,
+        last_acc=last,
+        best_minus_last=list(np.subtract(best, last)),
+        highest_minus_last=[c.max() - end for c, end in zip(curves, last, strict=True)],
     )
+    table = each.groupby("pool", sort=False).agg(
+        **_first("recipe", "data", "protocol"),
+        n=("finished", "sum"),
+        **_first("selects_on"),
+        **_range("best_epoch"),
+        **_statistics("best_acc", "last_acc", "best_minus_last", "highest_minus_last", "test_acc"),
+    )
+    return _noted(table)
 
 
-def drops_table(run: Run) -> str:
-    """The stretches of equal learning rate, and what each drop between them bought.
+def drops_table(run: Run) -> pd.DataFrame:
+    """The stretches of equal learning rate, and what each drop between them brought.
 
     Its first epoch is compared with the last before it, which may happen to be a bad one, and its
     highest accuracy with the highest before it.
+
+    Returns:
+        epochs_min, epochs_max (first and last epoch), lr, train_acc (in its last epoch),
+        highest_acc, jump_at_drop, gain_of_highest. No rows where the schedule isn't plateau.
     """
-    if run.config["recipe"]["schedule"] != "plateau":
-        return "This run's learning rate doesn't drop in steps.\n"
-    if not run.epochs:
-        return f"The run {run.name} hasn't finished an epoch.\n"
-    lr, accuracy = run.history["lr"], run.history["val_acc"]
-    starts = [0, *(np.flatnonzero(np.diff(lr)) + 1)]
-    rows = []
-    for start, end in zip(starts, [*starts[1:], len(lr)], strict=True):
-        highest, gains = accuracy[start:end].max(), ("–", "–")
-        if start:
-            jump, more = accuracy[start] - accuracy[start - 1], highest - accuracy[:start].max()
-            gains = (f"{jump:+.2f}", f"{more:+.2f}")
-        epochs = "–".join(str(e) for e in sorted({start + 1, end}))
-        trained = f"{run.history['train_acc'][end - 1]:.2f}"
-        rows.append((epochs, f"{lr[start]:.2g}", trained, f"{highest:.2f}", *gains))
-    header = (
-        "epochs",
-        "learning rate",
-        "training at its end, %",
-        f"highest on {selects_on(run)}, %",
-    )
-    gains = ("first after the drop − last before", "highest − highest before")
-    return _table((*header, *gains), rows)
+    if run.recipe["schedule"] != "plateau":
+        return _noted(pd.DataFrame(), "This run's learning rate doesn't drop in steps.")
+    lr = run.history["lr"]
+    stretches = run.history.groupby(lr.ne(lr.shift()).cumsum())
+    table = stretches.agg(
+        **_range("epoch"),
+        lr=("lr", "first"),
+        train_acc=("train_acc", "last"),
+        highest_acc=("val_acc", "max"),
+    ).rename(columns={"epoch_min": "epochs_min", "epoch_max": "epochs_max"})
+    accuracy = stretches["val_acc"]
+    table["jump_at_drop"] = accuracy.first() - accuracy.last().shift()
+    table["gain_of_highest"] = table["highest_acc"] - table["highest_acc"].cummax().shift()
+    table = table.astype({"epochs_min": int, "epochs_max": int})
+    if not len(table):
+        return _noted(table, f"The run {run.name} hasn't finished an epoch.")
+    return _noted(table, f"{run.title}. Accuracies in training, and on {run.selects_on}.")
 
 
-def start_table(runs: Iterable[Run], epochs: int = 5) -> str:
-    """Training accuracy over each of the first epochs: how fast recipes start, a row a run."""
+def start_table(runs: Run | Iterable[Run], epochs: int = 5) -> pd.DataFrame:
+    """Training accuracy over each of the first epochs: how fast recipes start, a row a run.
+
+    Returns:
+        run (its title), epoch_1, epoch_2, ...; NaN where it didn't come so far.
+    """
     runs = [run for run in as_list(runs) if run.epochs]
-    rows = [
-        (
-            run.title.replace("_", " "),
-            *(f"{accuracy:.2f}" for accuracy in run.history["train_acc"][:epochs]),
-        )
-        for run in runs
-    ]
-    header = ("training accuracy, %", *(f"epoch {e}" for e in range(1, epochs + 1)))
-    return _table(header, [row + ("–",) * (len(header) - len(row)) for row in rows])
+    first = {i: run.history["train_acc"].head(epochs) for i, run in enumerate(runs)}
+    table = pd.DataFrame(first).T.reindex(columns=range(epochs))
+    table.columns = pd.Index([f"epoch_{e}" for e in range(1, epochs + 1)])
+    table.insert(0, "run", [run.title.replace("_", " ") for run in runs])
+    return _noted(table, "Training accuracy, in percent.")
 
 
-def fit_table(run: Run, data: cifar10.Data) -> str:
+def fit_table(run: Run, data: Data) -> pd.DataFrame:
     """How well a run's network fits what it was trained on, beside what it hasn't seen.
 
-    Training images stand here twice: as they were fed, augmented and while the weights moved,
-    and whole, through the kept weights. A network that is right less often on these than on the
-    test images, or hardly more often, is short of fit, not of regularisation.
+    Training images stand here twice: as they were trained on, augmented and while the weights
+    moved, and plain, through the selected weights. A network that is right less often on these
+    than on the test images, or hardly more often, underfits; it isn't short of regularisation.
     The first is a mean over all of them; the other rests on as many as there are test images.
+
+    Returns:
+        part (which images), n_images, accuracy, loss. No rows for an unfinished run.
 
     Raises:
         ValueError: `data` isn't what the run was trained on.
     """
-    require_its_data(run, data)
+    splits = splits_of(run, data)
     if run.metrics is None:
-        return f"The run {run.name} isn't finished.\n"
-    index = train_index(data, run.config["protocol"])
-    index = index[: len(data.test_labels)]  # as many as test images: enough, and soon done
-    loss, accuracy = evaluate(
-        load_model(run), data.train_images[index], data.train_labels[index], run.stats
-    )
-    m, fed = run.metrics, run.metrics["best_epoch"] - 1
+        return _noted(pd.DataFrame(), f"The run {run.name} isn't finished.")
+    index = splits.train_index[: len(data.test_labels)]  # as many as test images: soon done
+    images, labels = (part[index] for part in splits.train)
+    loss, accuracy = evaluate(load_model(run), images, labels, run.stats)
+    metrics, sizes = run.metrics, run.config["split"]
     plain = run.recipe["label_smoothing"] == 0 and run.recipe["teacher"] is None
-    fed_loss = run.history["train_loss"][fed] if plain else None  # another loss can't be compared
-    rows = [
-        ("training, as fed: augmented", run.config["split"]["train"], m["train_acc"], fed_loss),
-        ("training, whole", len(index), accuracy, loss),
-        ("test", run.config["split"]["test"], m["test_acc"], m["test_loss"]),
+    trained = run.history.set_index("epoch")["train_loss"][metrics["best_epoch"]]
+    rows = [  # another loss than the plain one can't be compared
+        ("training, augmented", sizes["train"], metrics["train_acc"], trained if plain else np.nan),
+        ("training, plain", len(index), accuracy, loss),
+        ("validation", sizes["selection"], metrics["val_acc"], metrics["val_loss"]),
+        ("test", sizes["test"], metrics["test_acc"], metrics["test_loss"]),
     ]
-    if selects_on(run) == "validation":
-        held_back = run.config["split"]["selection"]
-        rows.insert(2, ("validation", held_back, m["val_acc"], m["val_loss"]))
-    rows = [
-        (name, f"{n:,}", _percent(right), "–" if loss is None else f"{loss:.4f}")
-        for name, n, right, loss in rows
-    ]
-    gap = f"Whole training images less test images: {accuracy - m['test_acc']:+.2f} points."
-    return f"{_table(('images', 'how many', 'accuracy', 'loss'), rows)}\n{gap}\n"
+    if run.selects_on != "validation":
+        del rows[2]
+    gap = accuracy - metrics["test_acc"]
+    note = f"Plain training images less test images: {gap:+.2f} points."
+    return _noted(pd.DataFrame(rows, columns=["part", "n_images", "accuracy", "loss"]), note)
 
 
-def confusion_table(predictions: Predictions, top: int = 6) -> str:
-    """The `top` pairs of classes that are mistaken for one another most often, both ways."""
-    check_at_least("top", top, 1)
-    classes = predictions.classes
+def confusion_table(predictions: Predictions, top: int = 6) -> pd.DataFrame:
+    """The `top` pairs of classes that are mistaken for one another most often, both ways.
+
+    Returns:
+        a, b (classes), a_as_b, b_as_a (counts), share (percent of all mistakes).
+    """
+    check_whole("top", top, 1)
+    classes = np.array(predictions.classes)
     counts = confusion_matrix(predictions.labels, predictions.predicted, len(classes))
-    mistakes = counts.sum() - counts.trace()
-    both = np.triu(counts + counts.T, k=1)
-    order = np.argsort(-both, axis=None, kind="stable")[:top]
-    rows = [
-        (f"{classes[i]}, {classes[j]}", counts[i, j], counts[j, i], _share(both[i, j], mistakes))
-        for i, j in zip(*np.unravel_index(order, both.shape), strict=True)
-        if both[i, j]
-    ]
-    return _table(("a, b", "a taken for b", "b taken for a", "of all mistakes"), rows)
+    a, b = np.triu_indices(len(classes), k=1)
+    pairs = {"a": classes[a], "b": classes[b], "a_as_b": counts[a, b], "b_as_a": counts[b, a]}
+    table = pd.DataFrame(pairs)
+    both = table["a_as_b"] + table["b_as_a"]
+    table["share"] = 100 * both / max(1, both.sum())
+    table = table[both > 0].sort_values("share", ascending=False, kind="stable")
+    return _noted(table.head(top))
 
 
-# -------------------------------------------------------------------------------------- of networks
+# ----------------------------------------------------------------------------------- of networks
 
 
-def layer_table(model: nn.Module) -> str:
-    """Output shape, parameters and multiply-adds of each layer on one 32 x 32 image."""
-    costs = layer_costs(model)
-    params, macs = _totals(costs)
+def layer_table(model: nn.Module) -> pd.DataFrame:
+    """What each layer puts out and costs on one 32 x 32 image.
+
+    Returns:
+        layer, stage (the first part of its name), kind (standard, depthwise, pointwise or
+        BatchNorm), channels, side (of its square output), activations (the values it puts out),
+        parameters, parameters_share, multiply_adds, multiply_adds_share; shares in percent.
+    """
     rows = []
-    for c in costs:
-        shape = " x ".join(map(str, c.out_shape))
-        price = (f"{c.params:,}", _share(c.params, params), f"{c.macs:,}", _share(c.macs, macs))
-        rows.append((c.name, c.kind, shape, *price))
-    total = ("**total**", "", "", f"**{params:,}**", "100 %", f"**{macs:,}**", "100 %")
-    header = ("layer", "kind", "output", "parameters", "share", "multiply-adds", "share")
-    return _table(header, [*rows, total], text_columns=2)
+    for cost in layer_costs(model):
+        channels, side, _ = cost.out_shape
+        rows.append(
+            {
+                "layer": cost.name,
+                "stage": cost.name.split(".")[0],
+                "kind": _kind(model.get_submodule(cost.name)),
+                "channels": channels,
+                "side": side,
+                "activations": channels * side**2,
+                "parameters": cost.params,
+                "multiply_adds": cost.macs,
+            }
+        )
+    table = pd.DataFrame(rows)
+    for name in ("parameters", "multiply_adds"):
+        share = 100 * table[name] / table[name].sum()
+        table.insert(list(table).index(name) + 1, f"{name}_share", share)
+    total = f"{table['parameters'].sum():,} parameters, {table['multiply_adds'].sum():,}"
+    return _noted(table, f"In all {total} multiply-adds.")
 
 
-def field_table(model: nn.Module) -> str:
-    """Growth of the receptive field, layer by layer, in pixels of the image."""
-    header = ("layer", "kernel", "stride", "dilation", "output side", "jump", "receptive field")
-    rows = [
-        (f.name, f"{f.kernel} x {f.kernel}", f.stride, f.dilation, f.size, f.jump, f.field)
-        for f in receptive_field(model)
-    ]
-    return _table(header, rows)
+def _kind(layer: nn.Module) -> str:
+    if not isinstance(layer, nn.Conv2d):
+        return "BatchNorm"
+    if layer.groups > 1:
+        return "depthwise"
+    return "pointwise" if layer.kernel_size == (1, 1) else "standard"
 
 
-def separable_table(model: nn.Module) -> str:
+def field_table(model: nn.Module) -> pd.DataFrame:
+    """Growth of the receptive field, layer by layer, in pixels of the image.
+
+    Returns:
+        layer, kernel, stride, dilation, side (of its output), jump, receptive_field.
+    """
+    names = {"name": "layer", "size": "side", "field": "receptive_field"}
+    table = pd.DataFrame([asdict(field) for field in receptive_field(model)])
+    return _noted(table.rename(columns=names))
+
+
+def separable_table(model: nn.Module) -> pd.DataFrame:
     """Each separable block against a standard 3x3 convolution between the same channels.
 
     Of the blocks, weights of the convolutions only; the whole network with all that is in it,
     BatchNorm too. The multiply-adds are those of one 32 x 32 image.
+
+    Returns:
+        block (the last two: these blocks, whole network), c_in, c_out, parameters,
+        standard_parameters, times_fewer_parameters, and the same three of multiply_adds. No rows
+        where there is no such block.
     """
-    layers = {c.name: c for c in layer_costs(model)}
-    rows, weights, macs = [], [], []  # the latter two: (separable, standard) for each block
+    layers = layer_table(model).set_index("layer")
+    rows = []
     for name, block in model.named_modules():
-        if not isinstance(block, SeparableConv):
-            continue
-        c_in, c_out = block.pw.in_channels, block.pw.out_channels
-        pair = (layers[f"{name}.dw"], layers[f"{name}.pw"])
-        weights.append((sum(c.params for c in pair), 9 * c_in * c_out))
-        macs.append((sum(c.macs for c in pair), 9 * pair[1].macs))
-        rows.append((name, f"{c_in} → {c_out}", *_versus(*weights[-1]), *_versus(*macs[-1])))
+        if isinstance(block, SeparableConv):
+            pair = layers.loc[[f"{name}.dw", f"{name}.pw"]]
+            rows.append(
+                {
+                    "block": name,
+                    "c_in": block.pw.in_channels,
+                    "c_out": block.pw.out_channels,
+                    "parameters": pair["parameters"].sum(),
+                    "standard_parameters": 9 * block.pw.weight.numel(),
+                    "multiply_adds": pair["multiply_adds"].sum(),
+                    "standard_multiply_adds": 9 * pair["multiply_adds"].iloc[1],
+                }
+            )
     if not rows:
-        return "This network has no separable block: every convolution is a standard one.\n"
-    blocks = (np.sum(weights, axis=0), np.sum(macs, axis=0))
-    rows.append(("**these blocks**", "", *_versus(*blocks[0]), *_versus(*blocks[1])))
-    whole = _totals(layers.values())
+        note = "This network has no separable block: every convolution is a standard one."
+        return _noted(pd.DataFrame(), note)
+    blocks = pd.DataFrame(rows).drop(columns=["block", "c_in", "c_out"]).sum()
     # A standard block has one BatchNorm, a separable one a second, after its depthwise convolution.
-    second = sum(c.params for name, c in layers.items() if name.endswith(".bn_dw"))
-    standard = [n - ours + theirs for n, (ours, theirs) in zip(whole, blocks, strict=True)]
-    standard[0] -= second
-    rows.append(
-        ("**whole network**", "", *_versus(whole[0], standard[0]), *_versus(whole[1], standard[1]))
-    )
-    header = ("block", "channels", "parameters", "standard 3x3", "ratio")
-    header += ("multiply-adds", "standard 3x3", "ratio")
-    return _table(header, rows)
+    second = layers["parameters"][layers.index.str.endswith(".bn_dw")].sum()
+    whole: dict[str, Any] = {"block": "whole network"}
+    for name, fewer in (("parameters", second), ("multiply_adds", 0)):
+        whole[name] = layers[name].sum()
+        whole[f"standard_{name}"] = whole[name] - blocks[name] + blocks[f"standard_{name}"] - fewer
+    table = pd.DataFrame([*rows, {"block": "these blocks", **blocks}, whole])
+    for name in ("parameters", "multiply_adds"):
+        ratio, place = (
+            table[f"standard_{name}"] / table[name],
+            list(table).index(f"standard_{name}"),
+        )
+        table.insert(place + 1, f"times_fewer_{name}", ratio)
+    return _noted(table)
 
 
-def dilation_table(**options) -> str:
+def dilation_table(**options: Any) -> pd.DataFrame:
     """What dilation buys, and what it costs: the network with and without it.
 
     Args:
         options: of `NetCIFAR10_Tiny`, e.g. width.
+
+    Returns:
+        network, receptive_field, sees_all (positions of the last feature map that see the whole
+        image), positions, parameters, multiply_adds.
     """
     rows = []
     for label, dilated in (("with dilation", True), ("without", False)):
         model = NetCIFAR10_Tiny(**options | {"dilated": dilated})
-        last, (params, macs) = receptive_field(model)[-1], _totals(layer_costs(model))
-        whole = _sees_all(last)
-        seen = f"{whole**2} of {last.size**2}"
-        rows.append((label, f"{last.field} px", seen, f"{params:,}", f"{macs:,}"))
-    header = ("network", "receptive field", "positions that see the whole image")
-    return _table((*header, "parameters", "multiply-adds"), rows)
+        last, layers = receptive_field(model)[-1], layer_table(model)
+        # Position i is centred on pixel i * jump, with padding that keeps the size.
+        reach, centres = last.field // 2, np.arange(last.size) * last.jump
+        along_a_side = ((centres <= reach) & (centres >= 31 - reach)).sum()
+        rows.append(
+            {
+                "network": label,
+                "receptive_field": last.field,
+                "sees_all": int(along_a_side) ** 2,
+                "positions": last.size**2,
+                "parameters": layers["parameters"].sum(),
+                "multiply_adds": layers["multiply_adds"].sum(),
+            }
+        )
+    return _noted(pd.DataFrame(rows))
 
 
-def _sees_all(last: Field, image: int = 32) -> int:
-    """In how many positions along one side the last layer has the whole image in view.
-
-    Position i is centred on pixel i * jump, with padding that keeps the size.
-    """
-    reach = last.field // 2
-    centres = range(0, last.size * last.jump, last.jump)
-    return sum(c - reach <= 0 and c + reach >= image - 1 for c in centres)
-
-
-# ---------------------------------------------------------------------------------- of augmentation
+# ------------------------------------------------------------------------------- of augmentation
 
 
 def batch_check(
-    data: cifar10.Data, policy: str | augment.Policy, seed: int = 0, n: int = 10_000
-) -> str:
+    data: Data, policy: str | augment.Policy, seed: int = 0, n: int = 10_000
+) -> pd.DataFrame:
     """Channel mean and std of normalised training images: without augmentation, and with it.
 
     Measured on the first `n` images, and normalised by the statistics of all, so that the first
     row must be close to 0 and 1.
+
+    Returns:
+        policy, mean_r, mean_g, mean_b, std_r, std_g, std_b.
     """
-    check_at_least("n", n, 1)
-    stats = cifar10.channel_stats(data.train_images)
+    check_whole("n", n, 1)
+    images, stats = data.train_images[:n], channel_stats(data.train_images)
     name = policy if isinstance(policy, str) else "the policy"
-    policies = {"none": augment.get_policy("none"), name: augment.get_policy(policy)}
-    rows = []
-    for label, chosen in policies.items():
-        mean, std = normalised_moments(data.train_images[:n], chosen, stats, seed)
-        rows.append((label, *(f"{value:.3f}" for value in (*mean, *std))))
-    header = ("policy", *(f"{what} {c}" for what in ("mean", "std") for c in "RGB"))
-    note = f"{data.title}: {len(data.train_images[:n]):,} normalised training images."
-    return f"{note}\n\n{_table(header, rows)}"
+    rows = {
+        label: normalised_moments(images, augment.get_policy(chosen), stats, seed).ravel()
+        for label, chosen in {"none": "none", name: policy}.items()
+    }
+    names = [f"{what}_{channel}" for what in ("mean", "std") for channel in "rgb"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=names)
+    note = f"{data.title}: {len(images):,} normalised training images."
+    return _noted(table.rename_axis("policy").reset_index(), note)
 
 
-# ----------------------------------------------------------------------------------- rows and cells
-
-
-def _group_row(group: list[Run]) -> tuple:
-    run, metrics = group[0], [run.metrics for run in group]
-    validated = selects_on(run) == "validation"
-    flipped = [m["test_acc_tta"] for m in metrics]
-    return (
-        *_labels(run),
-        f"n = {len(group)}",
-        f"{metrics[0]['params']:,}",
-        _range([m["epochs_run"] for m in metrics]),
-        mean_std([m["val_acc"] for m in metrics]) if validated else "–",
-        mean_std([m["test_acc"] for m in metrics]),
-        "–" if None in flipped else mean_std(flipped),
-        mean_std([m["test_loss"] for m in metrics], digits=4),
-        _minutes(metrics),
-    )
-
-
-def _minutes(metrics: Sequence[dict]) -> str:
-    """How long training took, over the seeds; the published reference's doesn't say."""
-    seconds = [m["seconds_train"] for m in metrics if "seconds_train" in m]
-    return _range([round(s / 60) for s in seconds]) if seconds else "–"
-
-
-def _unfinished_row(run: Run) -> tuple:
-    seed = f"seed {run.config['seed']}"
-    return (*_labels(run), seed, "–", f"unfinished: {_progress(run)}", *"–––––")
-
-
-def _labels(run: Run) -> tuple[str, str, str]:
-    return run.config["recipe"]["name"], run.data_title, run.protocol
-
-
-def _progress(run: Run) -> str:
-    return f"{run.epochs} of {run.config['recipe']['epochs']}"
-
-
-def _split_sizes(run: Run) -> str:
-    return " / ".join(f"{run.config['split'][part]:,}" for part in ("train", "selection", "test"))
-
-
-def _table(header: Sequence, rows: Iterable[Sequence], text_columns: int = 1) -> str:
-    """A markdown table; columns of text are left-aligned, the others right-aligned."""
-    rule = [":---" if i < text_columns else "---:" for i in range(len(header))]
-    cells = [header, rule, *rows]
-    return "".join(f"| {' | '.join(str(cell) for cell in row)} |\n" for row in cells)
-
-
-def mean_std(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """Mean ± sample standard deviation; of two values both, which may agree by chance."""
-    mean = f"{statistics.fmean(values):{sign}.{digits}f}"
-    if len(values) == 1:
-        return mean
-    if len(values) == 2:
-        return f"{mean} ({values[0]:{sign}.{digits}f}, {values[1]:{sign}.{digits}f})"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def _range(values: Sequence[int]) -> str:
-    return "–".join(str(v) for v in sorted({min(values), max(values)}))
-
-
-def _percent(value: float) -> str:
-    return f"{value:.2f} %"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %"
-
-
-def _totals(costs: Iterable[LayerCost]) -> tuple[int, int]:
-    """Parameters and multiply-adds of all layers together."""
-    params, macs = zip(*((c.params, c.macs) for c in costs), strict=True)
-    return sum(params), sum(macs)
-
-
-def _versus(ours: int, standard: int) -> tuple[str, str, str]:
-    return f"{ours:,}", f"{standard:,}", f"{standard / ours:.1f}x less"
+def _noted(table: pd.DataFrame, note: str = "") -> pd.DataFrame:
+    """The table with rows numbered, and a note for whoever shows it."""
+    table = table.reset_index(drop=True)
+    if note:
+        table.attrs["note"] = note
+    return table

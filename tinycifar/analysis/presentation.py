@@ -1,0 +1,212 @@
+"""How a table looks, in a page and in a notebook: what its columns are called, and their digits.
+
+    print(markdown(runs_table(runs)))           # for a page
+    styled(runs_table(runs))                    # in a notebook, as the last line of a cell
+
+A frame of numbers goes by the names of its columns:
+
+- `x`, `x_std`, `x_min`, `x_max` are shown as one, mean ± standard deviation over the row's `n`;
+  of two values both are shown, as they may agree by chance; one is shown alone;
+- `x_min`, `x_max` without an `x` are a range;
+- `gain`, `gain_error` are one, bold where `clear`;
+- `attrs["note"]` comes below the table; `attrs["vertical"]` turns its rows into columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+__all__ = ["markdown", "show_source", "styled"]
+
+NOTHING = "–"  # where there is no value
+SUFFIXES = ("_std", "_min", "_max")
+# Columns that say how another is shown.
+_WITHIN_OTHERS = ("clear", "differs", "gain_error", "gain_interval", "seeds", "epochs_planned")
+
+# Column: its heading, where that isn't just its name, and how a value is written, where that isn't
+# as `_plain` has it.
+_PERCENT, _LOSS, _POINTS, _SHARE = "{:.2f}", "{:.4f}", "{:+z.2f}", "{:.1f} %"
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "a_as_b": ("a taken for b", ""),
+    "accuracy": ("accuracy, %", _PERCENT),
+    "b_as_a": ("b taken for a", ""),
+    "best_acc": ("accuracy there, %", _PERCENT),
+    "best_minus_last": ("there − last", _POINTS),
+    "changes": ("what changes", ""),
+    "c_in": ("channels in", ""),
+    "c_out": ("channels out", ""),
+    "field": ("", ""),
+    "gain": ("gain over base", _POINTS),
+    "gain_of_highest": ("highest − highest before", _POINTS),
+    "highest_acc": ("highest accuracy, %", _PERCENT),
+    "highest_minus_last": ("highest − last", _POINTS),
+    "images_per_second": ("images/s", "{:,.0f}"),
+    "jump_at_drop": ("first after the drop − last before", _POINTS),
+    "last_acc": ("last epoch, %", _PERCENT),
+    "loss": ("loss", _LOSS),
+    "lr": ("learning rate", "{:.2g}"),
+    "minutes": ("minutes", "{:,.0f}"),
+    "multiply_adds": ("multiply-adds", "{:,.0f}"),
+    "multiply_adds_share": ("share of multiply-adds", _SHARE),
+    "n": ("seeds", "n = {}"),
+    "n_images": ("how many", ""),
+    "part": ("images", ""),
+    "parameters_share": ("share of parameters", _SHARE),
+    "receptive_field": ("receptive field, px", ""),
+    "sees_all": ("positions that see the whole image", ""),
+    "selects_on": ("selected on", ""),
+    "share": ("share of all mistakes", _SHARE),
+    "side": ("side, px", ""),
+    "standard_multiply_adds": ("of standard 3x3", ""),
+    "standard_parameters": ("standard 3x3", ""),
+    "test_acc": ("test, %", _PERCENT),
+    "test_acc_tta": ("test with flip, %", _PERCENT),
+    "test_loss": ("test loss", _LOSS),
+    "times_fewer_multiply_adds": ("times fewer multiply-adds", "{:.1f}"),
+    "times_fewer_parameters": ("times fewer", "{:.1f}"),
+    "train_acc": ("training, %", _PERCENT),
+    "val_acc": ("validation, %", _PERCENT),
+    "val_loss": ("validation loss", _LOSS),
+}
+_COLUMNS |= {
+    f"{what}_{channel}": (f"{what} {channel.upper()}", "{:z.3f}")
+    for what in ("mean", "std")
+    for channel in "rgb"
+}
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table as Markdown, with its note."""
+    cells = presented(frame).map(lambda cell: cell.replace("|", "\\|"))
+    for row, column in _bold(frame, cells):
+        cells.iat[row, column] = f"**{cells.iat[row, column]}**"
+    parts = [str(frame.attrs["note"])] if "note" in frame.attrs else []
+    if len(cells):
+        align = ["left" if left else "right" for left in _left(frame, cells)]
+        options = {"index": False, "disable_numparse": True, "colalign": align}
+        parts.insert(0, cells.to_markdown(**options))
+    return "\n\n".join(parts) + "\n"
+
+
+class _Table(Styler):
+    """A Styler that says the same wherever it is printed, as nbval compares what notebooks show."""
+
+    text = ""
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def styled(frame: pd.DataFrame) -> Styler:
+    """A table for a notebook, with its note."""
+    cells, text = presented(frame), markdown(frame)
+    table = _Table(cells, uuid=hashlib.sha256(text.encode()).hexdigest()[:8], cell_ids=False)
+    table.text = text
+    left = (f".col{i}" for i, is_left in enumerate(_left(frame, cells)) if is_left)
+    bold = (f"td.row{row}.col{column}" for row, column in _bold(frame, cells))
+    styles = [
+        {"selector": "caption", "props": "caption-side: bottom; text-align: left"},
+        *({"selector": place, "props": "text-align: left"} for place in left),
+        *({"selector": place, "props": "font-weight: bold"} for place in bold),
+    ]
+    table.format(escape="html").hide(axis="index").set_table_styles(styles)
+    return table.set_caption(frame.attrs.get("note", ""))
+
+
+def show_source(thing: Callable[..., Any] | type) -> None:
+    """Display the code of a class or a function in a notebook."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(f"```python\n{textwrap.dedent(inspect.getsource(thing))}```"))
+
+
+def presented(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame as it is read: text throughout, headings instead of names."""
+    cells = {_look(name)[0]: _cells(frame, name) for name in _shown(frame)}
+    table = pd.DataFrame(cells, index=frame.index, dtype="str")
+    if not frame.attrs.get("vertical"):
+        return table.reset_index(drop=True)
+    names = table.pop(table.columns[0])
+    return table.T.set_axis(names, axis=1).rename_axis("").reset_index()
+
+
+def mean_std(row: Mapping[str, Any] | pd.Series, name: str, form: str = "{:.2f}") -> str:
+    """Mean ± sample standard deviation; of two values both, of one nothing else."""
+    mean, std, low, high = (row[f"{name}{suffix}"] for suffix in ("", *SUFFIXES))
+    if row["n"] > 2:
+        return f"{form.format(mean)} ± {form.replace('+', '').format(std)}"
+    both = f" ({form.format(low)}, {form.format(high)})" if row["n"] == 2 else ""
+    return form.format(mean) + both
+
+
+def _shown(frame: pd.DataFrame) -> Iterator[str]:
+    """The names of what becomes a column: not those that are shown within another."""
+    ranges = []
+    for name in frame:
+        stem = name[:-4] if name.endswith(SUFFIXES) else None
+        if stem is not None and f"{stem}_min" in frame:
+            if stem not in frame and stem not in ranges:
+                ranges.append(stem)
+                yield stem
+        elif name not in _WITHIN_OTHERS:
+            yield name
+
+
+def _look(name: str) -> tuple[str, str]:
+    """A column's heading, and the format of its values."""
+    if name.startswith("epoch_"):
+        return name.replace("_", " "), _PERCENT
+    return _COLUMNS.get(name, (name.replace("_", " "), ""))
+
+
+def _cells(frame: pd.DataFrame, name: str) -> list[str]:
+    return [_cell(row, name) for row in frame.to_dict("records")]
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    form = _look(name)[1]
+    if row.get("n") == 0 and name in ("n", "epochs"):  # an unfinished run
+        unfinished = f"unfinished: {row['epochs_min']} of {row['epochs_planned']}"
+        return f"seed {row['seeds']}" if name == "n" else unfinished
+    if name not in row:
+        ends = (_plain(row[f"{name}{suffix}"], form) for suffix in ("_min", "_max"))
+        return "–".join(dict.fromkeys(ends))
+    if f"{name}_std" in row and pd.notna(row[name]):
+        return mean_std(row, name, form)
+    if name == "gain" and pd.notna(row[name]):
+        return f"{form.format(row['gain'])} ± {row['gain_error']:.2f}"
+    if row[name] == "test-selected":
+        return "test-selected: epoch chosen on test"
+    return _plain(row[name], form)
+
+
+def _plain(value: Any, form: str) -> str:
+    if value is None or value is pd.NA or value != value:
+        return NOTHING
+    if form:
+        return form.format(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _left(frame: pd.DataFrame, cells: pd.DataFrame) -> list[bool]:
+    """Which columns are text, and so aligned to the left."""
+    if frame.attrs.get("vertical"):
+        return [True] * cells.shape[1]
+    return [name in frame and frame[name].dtype.kind in "OUT" for name in _shown(frame)]
+
+
+def _bold(frame: pd.DataFrame, cells: pd.DataFrame) -> Iterator[tuple[int, int]]:
+    """(row, column) of what stands out: gains that are clear, fields that differ."""
+    for flag, name in (("clear", "gain"), ("differs", "field")):
+        if flag in frame:
+            column = list(cells).index(_look(name)[0])
+            yield from ((int(row), column) for row in frame[flag].to_numpy().nonzero()[0])
