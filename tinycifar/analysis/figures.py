@@ -36,6 +36,7 @@ from tinycifar.analysis.runs import (
     as_list,
     counted,
     load_model,
+    protocol_title,
     published_networks,
 )
 from tinycifar.analysis.tables import field_table, layer_table, runs_table, study_table
@@ -63,7 +64,7 @@ __all__ = [
 
 Arguments = ParamSpec("Arguments")
 Colour = Any  # what matplotlib takes for one
-Kind = tuple[str, str, str]  # what runs share that are drawn alike: recipe, protocol, data
+Kind = tuple[str, str]  # what runs share that are drawn alike: Run.kind and their data
 
 IMAGE_SIDE = 32  # side of an image of CIFAR-10, in pixels
 
@@ -490,11 +491,17 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     colours = _colour_by_kind(runs)
     for _, row in runs_table(comparable).iterrows() if comparable else ():
         spread = row["test_acc_std"] if row["n"] > 2 else None
-        colour = colours[row["recipe"], row["protocol"], row["data"]]
+        kind = f"{row['recipe']} · {protocol_title(row['protocol'])}"
         axes.errorbar(
-            row[cost], row["test_acc"], spread, fmt="D", color=colour, markersize=7, capsize=4
+            row[cost],
+            row["test_acc"],
+            spread,
+            fmt="D",
+            markersize=7,
+            capsize=4,
+            color=colours[kind, row["data"]],
         )
-        label = f"{row['recipe']} · {row['protocol']}: {mean_std(row, 'test_acc')}, n = {row['n']}"
+        label = f"{kind}: {mean_std(row, 'test_acc')}, n = {row['n']}"
         points.append(_Point(row[cost], row["test_acc"], label, BLACK))
     name = f"the reference, as published: {reference['accuracy']:.2f}, epoch chosen on test"
     points.append(_Point(reference[cost], reference["accuracy"], name, BLACK))
@@ -510,7 +517,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
         why = "not finished, or not on the whole of CIFAR-10"
         notes += f" Left out: {counted(left_out, 'run')}, {why}."
     figure.supxlabel(notes, fontsize=9, color="#444444")
-    _label_points(axes, points[::-1])  # this network first: it gets the best places
+    _label_points(figure, axes, points[::-1])  # this network first: it gets the best places
     return figure
 
 
@@ -531,7 +538,7 @@ def _selection_labels(runs: Sequence[Run]) -> str:
 
 def _kind(run: Run) -> Kind:
     """What runs share that differ in their seed alone, as far as a figure tells them apart."""
-    return run.recipe["name"], run.protocol, run.data_title
+    return run.kind, run.data_title
 
 
 def _colour_by_kind(runs: Sequence[Run]) -> dict[Kind, Colour]:
@@ -671,9 +678,8 @@ def _named(runs: Sequence[Run], kind: Kind) -> str:
     alike = [run for run in runs if _kind(run) == kind]
     if len(alike) == 1:
         return alike[0].label if len({run.data_title for run in runs}) == 1 else alike[0].title
-    recipe, protocol, data = kind
-    seeds = ", ".join(str(run.config["seed"]) for run in alike)
-    name = f"{recipe} · {protocol} · seeds {seeds}"
+    name, data = kind
+    name += f" · seeds {', '.join(str(run.config['seed']) for run in alike)}"
     name += f" · {data}" if len({run.data_title for run in runs}) > 1 else ""
     waiting = sum(run.metrics is None for run in alike)
     return name + (f" · {waiting} unfinished" if waiting else "")
@@ -729,9 +735,9 @@ class _Point(NamedTuple):
     colour: str = "#555555"
 
 
-def _label_points(axes: Axes, points: Sequence[_Point]) -> None:
+def _label_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
     """Name each point where its name covers no other: the first free place around it."""
-    axes.get_figure(root=True).draw_without_rendering()  # places are known only once the layout is
+    figure.draw_without_rendering()  # places are known only once the layout is
     spots = [axes.transData.transform((point.x, point.y)) for point in points]
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     frame = axes.get_window_extent()

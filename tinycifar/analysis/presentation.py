@@ -23,6 +23,8 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from tinycifar.analysis.runs import protocol_title
+
 __all__ = ["markdown", "show_source", "styled"]
 
 NOTHING = "–"  # where there is no value
@@ -87,11 +89,10 @@ def markdown(frame: pd.DataFrame) -> str:
     cells = presented(frame).map(lambda cell: cell.replace("|", "\\|"))
     for row, column in _bold(frame, cells):
         cells.iat[row, column] = f"**{cells.iat[row, column]}**"
-    parts = [str(frame.attrs["note"])] if "note" in frame.attrs else []
+    parts: list[str] = [frame.attrs["note"]] if "note" in frame.attrs else []
     if len(cells):
         align = ["left" if left else "right" for left in _left(frame, cells)]
-        options = {"index": False, "disable_numparse": True, "colalign": align}
-        parts.insert(0, cells.to_markdown(**options))
+        parts.insert(0, cells.to_markdown(index=False, disable_numparse=True, colalign=align))
     return "\n\n".join(parts) + "\n"
 
 
@@ -111,7 +112,7 @@ def styled(frame: pd.DataFrame) -> Styler:
     table.text = text
     left = (f".col{i}" for i, is_left in enumerate(_left(frame, cells)) if is_left)
     bold = (f"td.row{row}.col{column}" for row, column in _bold(frame, cells))
-    styles = [
+    styles: list[Any] = [
         {"selector": "caption", "props": "caption-side: bottom; text-align: left"},
         *({"selector": place, "props": "text-align: left"} for place in left),
         *({"selector": place, "props": "font-weight: bold"} for place in bold),
@@ -149,7 +150,7 @@ def mean_std(row: Mapping[str, Any] | pd.Series, name: str, form: str = "{:.2f}"
 def _shown(frame: pd.DataFrame) -> Iterator[str]:
     """The names of what becomes a column: not those that are shown within another."""
     ranges = []
-    for name in frame:
+    for name in map(str, frame):
         stem = name[:-4] if name.endswith(SUFFIXES) else None
         if stem is not None and f"{stem}_min" in frame:
             if stem not in frame and stem not in ranges:
@@ -167,7 +168,8 @@ def _look(name: str) -> tuple[str, str]:
 
 
 def _cells(frame: pd.DataFrame, name: str) -> list[str]:
-    return [_cell(row, name) for row in frame.to_dict("records")]
+    rows: list[Any] = frame.to_dict("records")
+    return [_cell(row, name) for row in rows]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -182,9 +184,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return mean_std(row, name, form)
     if name == "gain" and pd.notna(row[name]):
         return f"{form.format(row['gain'])} ± {row['gain_error']:.2f}"
-    if row[name] == "test-selected":
-        return "test-selected: epoch chosen on test"
-    return _plain(row[name], form)
+    return protocol_title(row[name]) if name == "protocol" else _plain(row[name], form)
 
 
 def _plain(value: Any, form: str) -> str:

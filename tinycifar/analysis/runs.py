@@ -92,8 +92,7 @@ class Run:
     @property
     def kind(self) -> str:
         """Recipe and protocol; where the epoch was selected on test, it says so."""
-        warning = ": epoch chosen on test" if self.selects_on == "test" else ""
-        return f"{self.recipe['name']} · {self.protocol}{warning}"
+        return f"{self.recipe['name']} · {protocol_title(self.protocol)}"
 
     @property
     def label(self) -> str:
@@ -147,6 +146,11 @@ def find_runs(parent: str | PathLike[str]) -> list[Run]:
     if not parent.is_dir():
         raise FileNotFoundError(f"no folder {parent}: name one that holds run directories")
     return load_runs(sorted(file.parent for file in parent.glob("*/config.json")))
+
+
+def protocol_title(protocol: str) -> str:
+    """The protocol; one that selects on test is never named without saying so."""
+    return protocol + ": epoch chosen on test" * (protocol == "test-selected")
 
 
 def as_list(runs: Run | Iterable[Run]) -> list[Run]:
