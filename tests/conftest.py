@@ -9,9 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # see the Makefile
 import matplotlib
 import pytest
 
-import tinycifar.data as cifar10
-from tinycifar import studies
-from tinycifar import training
+from tinycifar import data, training
 
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
 
@@ -21,20 +19,19 @@ def _on_the_cpu(monkeypatch):
     """Also where there is a GPU: tests compare bits, and with what is computed here on the CPU."""
     pick = training.pick_device
     auto = lambda name="auto": pick("cpu" if name == "auto" else name)  # noqa: E731
-    for module in (training, sweep):
-        monkeypatch.setattr(module, "pick_device", auto)
+    monkeypatch.setattr(training, "pick_device", auto)
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """A handful of stand-in images: enough to run everything, too few to learn from."""
-    return cifar10.load("shapes", limit=200)
+    return data.load("shapes", limit=200)
 
 
 @pytest.fixture(scope="session")
 def real():
     """CIFAR-10 itself, where it can be found; tests on it are skipped where it can't."""
-    root = cifar10._data_root(None)
+    root = data.data_root()
     if not (root / "cifar-10-batches-py").is_dir():
         pytest.skip("CIFAR-10 isn't here (CIFAR10_ROOT or ./data)")
-    return cifar10.load("cifar10")
+    return data.load("cifar10")
