@@ -6,35 +6,25 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := "$(VENV)/bin/python"
 
-# What runs may be told. RUN is a run directory, by default runs/<recipe>-<protocol>-seed<seed>.
-NB ?= stats training analysis
-RECIPE ?= quick
-PROTOCOL ?= val
-DATASET ?= auto
-SEED ?= 0
-DEVICE ?= auto
-FORCE ?= 0
-RUN ?=
-PARAMS ?=
-IMAGE ?=
-RECIPES ?= $(RECIPE)
-SEEDS ?= 0 1 2
-STUDY ?=
-JOBS ?=
-FOLDER ?=
-BENCH ?=
+# Settings reach Python through the environment, as TINYCIFAR_<NAME>, and no shell reads them: quotes,
+# $ and backticks in a name arrive as they are. An empty setting means its default.
+SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE RECIPES SEEDS STUDY JOBS FOLDER
+ON_THE_COMMAND_LINE := $(foreach name,$(SETTINGS),$(if $(findstring command,$(origin $(name))),$(name)))
+define pass_on
+override $(1) := $$(value $(1))
+export TINYCIFAR_$(1) := $$(value $(1))
+endef
+$(foreach name,$(SETTINGS),$(eval $(call pass_on,$(name))))
 
-# albumentations otherwise asks the package index for news at every import.
-export NO_ALBUMENTATIONS_UPDATE := 1
 # How long a waiting OpenMP thread spins before it sleeps. By default so long that a machine with
 # anything else to do trains ten times slower; much shorter, and a quiet one loses a third.
 export GOMP_SPINCOUNT ?= 30000
 
-SETTINGS = --recipe "$(RECIPE)" --protocol "$(PROTOCOL)" --dataset "$(DATASET)" --seed "$(SEED)" \
-	--device "$(DEVICE)" --force "$(FORCE)" --run "$(RUN)" $(PARAMS)
+# `exec`: what stops make stops what it started.
+TINYCIFAR = exec $(PY) -m tinycifar
 
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook stats train analysis tour lab predict sweep bench results verify-results test test-fast lint clean
+.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict sweep bench results verify-results test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,72 +37,84 @@ help: ## this list
 	@echo "    SEED      any whole number                              (0)"
 	@echo "    DEVICE    auto, cpu, cuda or mps                        (auto)"
 	@echo "    RUN       the run directory                             (runs/RECIPE-PROTOCOL-seedSEED)"
-	@echo "    FORCE     1 trains anew what is finished                (0)"
-	@echo '    PARAMS    more parameters of the notebooks, e.g. PARAMS="-p epochs 5"'
+	@echo "    FORCE     1 trains again what is finished               (0)"
+	@echo '    PARAMS    more parameters, e.g. PARAMS="-p epochs 5": those of the notebooks, and any'
+	@echo "              field of a recipe"
 	@echo "  make sweep instead takes RECIPES (quick) and SEEDS (0 1 2), or STUDY, a file as in studies/;"
 	@echo "    JOBS, how many at once (one a core), and FOLDER, where to (runs, or runs/<study>)"
 	@echo "    CIFAR10_ROOT  the folder that holds cifar-10-batches-py (./data)"
 
 env: $(VENV)/.ready ## build the environment in .venv (the other targets do it by themselves)
 
-$(VENV)/.ready: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "error: Python 3.10 or later is needed; name one, e.g. make PYTHON=python3.12"; exit 1; }
+$(VENV)/.ready: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or later is needed; name one, e.g. make PYTHON=python3.12"; exit 1; }
 	@echo "Building the environment in $(VENV): once, some minutes, about 5 GB with PyTorch."
 	$(PYTHON) -m venv "$(VENV)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt -e .
 	@touch "$@"
 
 run-notebook: env ## run stats, training and analysis into one run directory
-	@$(PY) run_notebook.py $(NB) $(SETTINGS)
+	@$(TINYCIFAR) notebook
 
 stats: env ## the data: counts, channel statistics, samples, augmentations
-	@$(PY) run_notebook.py stats $(SETTINGS)
+	@$(TINYCIFAR) notebook stats
 
 train: env ## train a network (interrupted, the same command goes on)
-	@$(PY) run_notebook.py training $(SETTINGS)
+	@$(TINYCIFAR) notebook training
 
 analysis: env ## look at a finished run (RUN=...)
-	@$(PY) run_notebook.py analysis $(SETTINGS)
+	@$(TINYCIFAR) notebook analysis
 
 tour: env ## the guided tour, headless: the whole workflow in one notebook
-	@$(PY) run_notebook.py tuning_CNN_CIFAR10 $(SETTINGS)
+	@$(TINYCIFAR) notebook tuning_CNN_CIFAR10
 
 lab: env ## open the notebooks in JupyterLab (LAB="--no-browser" for its own options)
-	$(PY) -m jupyter lab --notebook-dir . $(LAB) notebooks/tuning_CNN_CIFAR10.ipynb
+	@exec $(PY) -m jupyter lab --notebook-dir . $(LAB) notebooks/tuning_CNN_CIFAR10.ipynb
 
-predict: env ## classify a image: make predict IMAGE=cat.jpg
-	@test -n "$(IMAGE)" || { echo "error: name a image, e.g. make predict IMAGE=cat.jpg"; exit 2; }
-	@$(PY) -m tiny_cifar10_net "$(IMAGE)" $(if $(RUN),--run "$(RUN)")
+predict: env ## classify an image: make predict IMAGE=cat.jpg
+	@$(TINYCIFAR) predict
 
 sweep: env ## train RECIPES with SEEDS, or a STUDY, several runs at once
-	$(foreach v,SEED PARAMS FORCE RUN,$(if $(findstring command,$(origin $(v))),$(error make sweep \
-		takes no $(v): name STUDY, or RECIPES, SEEDS and PROTOCOL; JOBS, FOLDER, DATASET, DEVICE)))
-	$(if $(STUDY),$(foreach v,RECIPE RECIPES SEEDS PROTOCOL,$(if $(findstring command,$(origin $(v))),$(error \
-		a study names its own recipes and seeds, under val: leave out $(v)))))
-	@$(PY) -m sweep $(if $(STUDY),--study "$(STUDY)",$(RECIPES) --seeds $(SEEDS) \
-		--protocol "$(PROTOCOL)") --dataset "$(DATASET)" --device "$(DEVICE)" \
-		$(if $(JOBS),--jobs "$(JOBS)") $(if $(FOLDER),--folder "$(FOLDER)")
+	$(foreach name,$(filter SEED PARAMS FORCE RUN,$(ON_THE_COMMAND_LINE)),$(error make sweep takes no \
+		$(name): give STUDY, or RECIPES, SEEDS and PROTOCOL; JOBS, FOLDER, DATASET, DEVICE))
+	@$(TINYCIFAR) sweep
+
+# A sweep of one recipe may call it RECIPE.
+sweep: export TINYCIFAR_RECIPES := $(or $(value RECIPES),$(value RECIPE))
 
 bench: env ## speed beside the reference's loop, into benchmarks/ (about ten minutes; keep the machine quiet)
-	@$(PY) benchmarks/bench.py $(BENCH)
+	@exec $(PY) benchmarks/bench.py $(BENCH)
 
 results: env ## rebuild the tables and curves of results/ from its run directories
-	@$(PY) publish.py
+	@$(TINYCIFAR) publish
 
 verify-results: env ## evaluate all published weights on the real test set, against their metrics
-	@$(PY) publish.py --verify
+	@$(TINYCIFAR) verify
 
 test: env ## all tests: the modules, then every notebook under nbval
-	@$(PY) -m pytest
+	@exec $(PY) -m pytest
 
 test-fast: env ## the tests without the notebooks
-	@$(PY) -m pytest --ignore tests/test_notebooks.py
+	@exec $(PY) -m pytest --ignore tests/test_notebooks.py
 
-lint: env ## style and common mistakes
+lint: env ## style, common mistakes and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+lock: env ## write constraints.txt again, for what requirements.txt says now (LOCK=--upgrade: the newest)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+		--custom-compile-command "make lock" $(LOCK) requirements.txt -o constraints.txt
+
+resolve: env ## whether all pins can be had for each Python from 3.11 to 3.14 (some minutes, nothing is installed)
+	@for version in 3.11.9 3.12.9 3.13.9 3.14.0; do \
+		$(PY) -m pip install --dry-run --quiet --ignore-installed --python-version $$version \
+			--only-binary=:all: --target build/none -r requirements.txt -c constraints.txt || exit 1; \
+		echo "Python $$version: all pins can be had"; \
+	done
 
 clean: ## remove the environment and caches; runs/ and data/ stay
 	@if [ -e "$(VENV)/.ready" ]; then rm -rf "$(VENV)"; fi  # not one of somebody else's
-	rm -rf *.egg-info .pytest_cache .ruff_cache __pycache__ */__pycache__ */.ipynb_checkpoints
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache __pycache__ */__pycache__ */.ipynb_checkpoints

@@ -3,13 +3,18 @@
 model = torch.hub.load("path/of/a/clone", "net_cifar10_tiny", source="local", pretrained=True)
 """
 
-from tiny_cifar10_net import NetCIFAR10_Tiny, load_pretrained
+from __future__ import annotations
 
-dependencies = ["torch", "numpy", "PIL"]
+from typing import Any
+
+from tiny_cifar10_net import NetCIFAR10_Tiny
+from tinycifar.weights import load_pretrained
+
+dependencies = ["torch", "numpy", "PIL", "filelock"]
 
 
 def net_cifar10_tiny(
-    pretrained: bool = False, run: str | None = None, **options
+    pretrained: bool = False, run: str | None = None, **options: Any
 ) -> NetCIFAR10_Tiny:
     """`NetCIFAR10_Tiny`, new or with the weights of a published run.
 

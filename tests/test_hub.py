@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tinycifar.training import ROOT
+from tinycifar.paths import CHECKOUT
 
 
 def load(**options):
-    return torch.hub.load(str(ROOT), "net_cifar10_tiny", source="local", **options)
+    return torch.hub.load(str(CHECKOUT), "net_cifar10_tiny", source="local", **options)
 
 
 def test_a_new_network():
@@ -21,11 +21,8 @@ def test_a_pretrained_one_knows_its_classes():
     assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_a_pretrained_one_has_its_own_options():
+def test_options_that_exclude_each_other():
     with pytest.raises(ValueError, match="leave out \\['width'\\]"):
         load(pretrained=True, width=2.0)
-
-
-def test_a_new_one_is_no_runs():
     with pytest.raises(ValueError, match="say pretrained=True"):
         load(run="baseline")

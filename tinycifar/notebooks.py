@@ -1,103 +1,222 @@
-"""Run notebooks headless, in order, into one run directory.
+"""Notebooks run headless, in order, into one run directory.
 
-    python run_notebook.py stats training analysis --recipe quick --seed 1 -p epochs 5
+    run_notebooks(["stats", "training", "analysis"], extra={"epochs": 5})
 
 papermill does the work. Added to it: parameter names are checked (papermill only warns of a wrong
-one), a failed notebook never replaces a good one, and progress is drawn on the terminal, not in
-the saved notebook.
+one), the fields of a recipe count as parameters, a failed notebook never replaces a good one, and
+the kernel is the Python that runs this, whatever Jupyter calls `python3`.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import logging
 import multiprocessing
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
-from tinycifar import run_directory
+from tinycifar.paths import CHECKOUT, absolute, shown
 
-ROOT = Path(__file__).resolve().parent
-NOTEBOOKS = ROOT / "notebooks"
+__all__ = ["ALL", "NOTEBOOKS", "new_run", "run_notebooks", "write_page"]
+
+NOTEBOOKS = (CHECKOUT or Path.cwd()) / "notebooks"
+ALL = ("stats", "training", "analysis")
+TOUR = "tuning_CNN_CIFAR10"
 LONGEST = 15  # lines that a cell may print on the terminal; more is a table, for the notebook
 
+# Parameters that have an option of their own on the command line.
+SETTINGS = {
+    "recipe": "quick",
+    "protocol": "val",
+    "dataset": "auto",
+    "seed": 0,
+    "device": "auto",
+    "force": False,
+}
 
-def main(argv: list[str] | None = None) -> None:
-    args, started = _arguments(argv), time.time() - 1  # the times of files are coarse
-    run_dir, settings = None, {}
-    try:
-        settings, extra = _settings(args)
-        run_dir = _run_dir(args.notebooks, settings, extra)  # refuses what training would refuse
-        run_notebooks(args.notebooks, run_dir, settings, extra)
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}{_do_not_force_again(run_dir, started, settings)}")
-    except KeyboardInterrupt:
-        advice = _do_not_force_again(run_dir, started, settings)
-        sys.exit(f"\ninterrupted; the same command goes on from the last finished epoch{advice}")
+Parameters = dict[str, Any]
 
 
-def _do_not_force_again(run_dir: Path | None, started: float, settings: dict) -> str:
-    """Where the command stopped after it had trained anew: the same would throw that away."""
-    metrics = run_dir and run_dir / "metrics.json"
-    if (
-        settings.get("force")
-        and metrics
-        and metrics.is_file()
-        and metrics.stat().st_mtime >= started
-    ):
-        return "; the new run is trained: leave out FORCE=1, which would train it once more"
-    return ""
-
-
-def run_notebooks(names: list[str], run_dir: Path, settings: dict, extra: dict) -> None:
+def run_notebooks(
+    names: Iterable[str] = ALL,
+    run_dir: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
     """Execute notebooks/<name>.ipynb for each name, the executed copies going into `run_dir`.
 
     Args:
-        settings: parameters that each notebook takes if it has them.
-        extra: parameters that at least one of the notebooks must have.
+        run_dir: the run directory; None: what `train` would choose, or runs/tour for the tour.
+        settings: changes of SETTINGS, for each notebook that has a parameter of that name.
+        extra: other parameters, which at least one of the notebooks must have; for a notebook that
+            has `changes`, fields of a recipe too.
 
     Raises:
-        ValueError: no such notebook, parameter, recipe or protocol; the message lists the valid
-            names.
+        ValueError: no such notebook or parameter, or a setting that training would refuse; the
+            message lists the valid names. FileNotFoundError: no run to analyse.
+        RunError: the run directory holds another run.
         RuntimeError: a cell failed; the message is that of its error.
     """
+    names = list(names)
     declared = {name: _declared_parameters(name) for name in names}
-    unknown = sorted(extra.keys() - set().union(*declared.values()))
-    if unknown:
-        valid = ", ".join(sorted(set().union(*declared.values())))
-        raise ValueError(f"no parameter {unknown[0]!r} in {', '.join(names)}; valid: {valid}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    # A run inside the repository is named from its root, so that notebooks can be moved and shared.
-    shown = run_dir.relative_to(ROOT) if run_dir.is_relative_to(ROOT) else run_dir
-    given = {**settings, "run_dir": str(shown), **extra}
-    _draw_progress_on_the_terminal()
-    os.environ.pop("MPLBACKEND", None)  # kernels draw into their notebook, whatever the shell says
-    for name in names:
-        _say(f"notebooks/{name}.ipynb -> {shown}/{name}.ipynb")
-        _execute(name, run_dir, {k: v for k, v in given.items() if k in declared[name]})
-        if name == "training" and settings.get("force"):
-            for page in ("analysis.ipynb", "analysis.html"):  # of the run that was there before
-                (run_dir / page).unlink(missing_ok=True)
+    given = {**SETTINGS, **(settings or {})}, dict(extra or {})
+    if "torch" in sys.modules:
+        folder, parameters = _settle(declared, run_dir, *given)
+    else:  # in a process that ends: the kernels have better use for the 0.4 GB that torch takes
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            folder, parameters = pool.submit(_settle, declared, run_dir, *given).result()
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.time() - 1  # the times of files are coarse
+    _print_what_cells_print()
+    try:
+        for name in names:
+            print(f"notebooks/{name}.ipynb -> {shown(folder)}/{name}.ipynb", flush=True)
+            _execute(name, folder, parameters[name])
+            if parameters[name].get("force"):
+                for page in ("analysis.ipynb", "analysis.html"):  # of the run that was there before
+                    (folder / page).unlink(missing_ok=True)
+    except BaseException as error:
+        metrics = folder / "metrics.json"
+        trained = metrics.is_file() and metrics.stat().st_mtime >= started
+        if trained and any(given.get("force") for given in parameters.values()):
+            error.add_note(
+                "the new run is trained: leave out FORCE=1, which would train it once more"
+            )
+        raise
 
 
-def _execute(name: str, run_dir: Path, parameters: dict) -> None:
+def new_run(name: str | Path) -> Path:
+    """The folder to train into that is meant by `name`, which mustn't mean a published run."""
+    from tinycifar.run_directory import find_run
+
+    folder = absolute(name)
+    try:
+        found = find_run(name)
+    except FileNotFoundError:
+        return folder
+    if found != folder:
+        raise ValueError(
+            f"{str(name)!r} is the name of a published run: train into another folder, "
+            f"e.g. runs/{name}"
+        )
+    return folder
+
+
+# ---------------------------------------------------------------------------------- what is given
+
+
+def _declared_parameters(name: str) -> set[str]:
     import papermill
 
-    finished = run_dir / f"{name}.ipynb"
-    running = run_dir / f"{name}.running.ipynb"
+    file = NOTEBOOKS / f"{name}.ipynb"
+    if not file.is_file():
+        valid = ", ".join(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
+        raise ValueError(f"no notebook {name!r}; valid: {valid or f'none in {NOTEBOOKS}'}")
+    return set(papermill.inspect_notebook(file))
+
+
+def _settle(
+    declared: dict[str, set[str]],
+    run_dir: str | Path | None,
+    settings: Parameters,
+    extra: Parameters,
+) -> tuple[Path, dict[str, Parameters]]:
+    """The run directory, and the parameters of each notebook; both checked."""
+    from tinycifar.checks import check_choice
+    from tinycifar.data import DATASETS
+    from tinycifar.recipes import Recipe, check_protocol, get_recipe
+    from tinycifar.training import check_seed, pick_device, run_name
+
+    # What has an option of its own may be given as a parameter as well.
+    settings = settings | {name: extra.pop(name) for name in list(extra) if name in SETTINGS}
+    if settings["force"] not in (0, 1):  # True and False are these two
+        raise ValueError(f"force must be 0 or 1, not {settings['force']!r}")
+    settings["force"] = bool(settings["force"])
+    run_dir = extra.pop("run_dir", None) or run_dir
+
+    valid = set().union(*declared.values())
+    recipes = {field.name for field in fields(Recipe)} if "changes" in valid else set()
+    if unknown := sorted(extra.keys() - valid - recipes):
+        choice = ", ".join(sorted(valid | recipes))
+        raise ValueError(f"no parameter {unknown[0]!r} in {', '.join(declared)}; valid: {choice}")
+    changes = extra.pop("changes", {})
+    if not isinstance(changes, dict):
+        raise ValueError(f"changes must be a mapping of a recipe's fields; got {changes!r}")
+    single = {name: extra.pop(name) for name in list(extra) if name in recipes - valid}
+    if twice := sorted(single.keys() & changes.keys()):
+        raise ValueError(f"{', '.join(twice)}: given both by itself and in changes; give it once")
+    changes |= single
+
+    recipe = get_recipe(settings["recipe"], **changes)
+    check_protocol(recipe, settings["protocol"])
+    check_seed(settings["seed"])
+    pick_device(settings["device"])
+    check_choice("dataset", settings["dataset"], DATASETS)
+    name = run_name(recipe, settings["protocol"], settings["seed"])
+    folder = _folder(declared, run_dir, name, recipe, settings, extra.get("limit"))
+    given = {**settings, **extra, "run_dir": str(shown(folder))}
+    given |= {"changes": changes} if changes else {}
+    return folder, {
+        name: {key: value for key, value in given.items() if key in names}
+        for name, names in declared.items()
+    }
+
+
+def _folder(
+    declared: dict[str, set[str]],
+    run_dir: str | Path | None,
+    name: str,
+    recipe: Any,
+    settings: Parameters,
+    limit: int | None,
+) -> Path:
+    """The run directory: of a run that is there, or where one may be trained."""
+    from tinycifar.data import SIZES
+    from tinycifar.run_directory import RunDirectory, find_run
+
+    run_dir = None if run_dir is None else str(run_dir)  # a number, as -p run_dir 2024 reads it
+    trains = any("force" in names for names in declared.values())
+    if run_dir and "analysis" in declared and not trains:
+        return find_run(run_dir)
+    default = "tour" if list(declared) == [TOUR] else name
+    folder = new_run(run_dir or f"runs/{default}")
+    if "analysis" in declared and not trains and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no run in {folder}: train it first, or name another RUN")
+    if trains and not settings["force"]:
+        meant = {
+            "recipe": asdict(recipe),
+            "seed": settings["seed"],
+            "protocol": settings["protocol"],
+        }
+        if limit not in SIZES.values():  # which may be no limit at all
+            meant["limit"] = limit
+        if settings["dataset"] != "auto":
+            meant["dataset"] = settings["dataset"]
+        RunDirectory(folder).kept(meant)  # refuses another
+    return folder
+
+
+# --------------------------------------------------------------------------------------- execution
+
+
+def _execute(name: str, folder: Path, parameters: Parameters) -> None:
+    import papermill
+
+    finished, running = folder / f"{name}.ipynb", folder / f"{name}.running.ipynb"
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{name}.ipynb",
             running,
             parameters,
             kernel_name="python3",
-            cwd=ROOT,
+            kernel_manager_class=_kernel_manager(),
+            cwd=NOTEBOOKS.parent,
             progress_bar=False,
             log_output=True,
             extra_arguments=["--log-level=50"],  # of the kernel itself only what is fatal
@@ -111,13 +230,35 @@ def _execute(name: str, run_dir: Path, parameters: dict) -> None:
     write_page(finished)
 
 
+def _kernel_manager() -> type:
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisPython(AsyncKernelManager):
+        """Starts the Python that runs this: a `python3` of Jupyter's may be any other."""
+
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            # Progress bars would be saved as hundreds of lines; figures go into the notebook.
+            environment = {
+                "TQDM_DISABLE": "1",
+                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            }
+            return KernelSpec(**get_kernel_dict(), env=environment)
+
+    return ThisPython
+
+
 def write_page(notebook: Path) -> Path:
     """An executed notebook as one HTML file beside it, images inline, for any browser."""
     from nbconvert import HTMLExporter
 
     page = notebook.with_suffix(".html")
     html, _ = HTMLExporter().from_filename(str(notebook))
-    run_directory.write(page, html.encode())
+    temporary = page.with_name(page.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, page)
     return page
 
 
@@ -131,28 +272,11 @@ def _forget_paths(file: Path) -> None:
     nbformat.write(notebook, file)
 
 
-def _declared_parameters(name: str) -> set[str]:
-    import papermill
-
-    file = NOTEBOOKS / f"{name}.ipynb"
-    if not file.is_file():
-        valid = ", ".join(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
-        raise ValueError(f"no notebook {name!r}; valid: {valid}")
-    return set(papermill.inspect_notebook(file))
-
-
-def _draw_progress_on_the_terminal() -> None:
-    """Bars go to the terminal, if there is one; what cells print is passed on as it comes."""
-    on_terminal = sys.stderr.isatty()
-    try:
-        os.environ.setdefault("PROGRESS_TTY", os.ttyname(sys.stderr.fileno()))
-    except (AttributeError, OSError):  # Windows; no terminal, or one that has no name here
-        os.environ["TQDM_DISABLE"] = "1"
+def _print_what_cells_print() -> None:
     warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
     log = logging.getLogger("papermill")
     handler = logging.StreamHandler(sys.stdout)
-    # "\r\033[J": wipe a bar that is being drawn on the line, before printing there.
-    handler.setFormatter(logging.Formatter(("\r\033[J" if on_terminal else "") + "  %(message)s"))
+    handler.setFormatter(logging.Formatter("  %(message)s"))
     handler.addFilter(_is_output)
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
@@ -166,104 +290,3 @@ def _is_output(record: logging.LogRecord) -> bool:
     chatter = ("Executing", "Ending", "Input Notebook", "Output Notebook", "Working directory")
     record.msg, record.args = text.rstrip().replace("\n", "\n  "), ()
     return bool(text.strip()) and not text.startswith((*chatter, "<Figure", "<IPython"))
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-# ------------------------------------------------------------------------------------- arguments
-
-
-def _arguments(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", default=["stats", "training", "analysis"])
-    parser.add_argument("--run", default="", help="the run directory")
-    parser.add_argument("--recipe", default="quick")
-    parser.add_argument("--protocol", default="val")
-    parser.add_argument("--dataset", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=_literal, default=0)
-    parser.add_argument("--force", type=_literal, default=0)
-    parser.add_argument(
-        "-p",
-        dest="parameters",
-        action="append",
-        nargs=2,
-        metavar=("NAME", "VALUE"),
-        default=[],
-        help="a parameter of the notebooks, as papermill takes it",
-    )
-    args = parser.parse_args(argv)
-    args.parameters = [(name, _literal(value)) for name, value in args.parameters]
-    return args
-
-
-def _literal(text: str):
-    """Numbers, True, False, None and lists as themselves (true and false too); else the text."""
-    named = {"true": True, "false": False, "null": None}  # not "none", which is a policy
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        return text
-
-
-def _settings(args) -> tuple[dict, dict]:
-    """(the settings that have a name of their own, all other parameters)."""
-    names = ("recipe", "protocol", "dataset", "device", "seed", "force")
-    settings = {name: getattr(args, name) for name in names} | {"run_dir": args.run}
-    extra = dict(args.parameters)
-    # What has a name of its own may be given with -p as well.
-    settings |= {name: extra.pop(name) for name in list(extra) if name in settings}
-    if settings["force"] not in (0, 1):  # True and False are these two
-        raise ValueError(f"FORCE must be 0 or 1, not {settings['force']!r}")
-    return settings | {"force": bool(settings["force"])}, extra
-
-
-def _run_dir(names: list[str], settings: dict, extra: dict) -> Path:
-    """The folder asked for; else the tour's own, or the one that `train` would choose."""
-    given = settings.pop("run_dir")
-    if not given and names == ["tuning_CNN_CIFAR10"]:
-        given = "runs/tour"
-    # In a process that ends: torch takes 0.4 GB, which the notebooks' kernels have better use for.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_checked_run_dir, names, given, settings, extra).result()
-
-
-def _checked_run_dir(names: list[str], given: str, settings: dict, extra: dict) -> Path:
-    """That folder, once it is known that training can use these settings, and there."""
-    import tinycifar.data as cifar10
-    from tinycifar import recipes
-    from tinycifar import training
-
-    fields = recipes.Recipe.__dataclass_fields__
-    changes = {k: v for k, v in extra.items() if k in fields and v is not None}
-    others = extra.get("changes", {})
-    if not isinstance(others, dict):
-        raise ValueError(f"changes must be a mapping of a recipe's fields; got {others!r}")
-    if twice := sorted(changes.keys() & others.keys()):
-        raise ValueError(f"{', '.join(twice)}: given both by itself and in changes; give it once")
-    recipe = recipes.get_recipe(settings["recipe"], **changes, **others)
-    training.check_settings(recipe, settings["protocol"], settings["seed"])
-    training.pick_device(settings["device"])
-    recipes.check_choice("dataset", settings["dataset"], cifar10.DATASETS)
-    run_dir = training.run_folder(recipe, settings["protocol"], settings["seed"])
-    run_dir = ROOT / str(given) if given else run_dir
-    trains = {"training", "tuning_CNN_CIFAR10"} & set(names)
-    if "analysis" in names and not trains and not (run_dir / "config.json").is_file():
-        raise FileNotFoundError(f"no run in {run_dir}: train it first, or name another RUN")
-    if trains and not settings["force"]:
-        meant = {"recipe": asdict(recipe)}
-        meant |= {name: settings[name] for name in ("seed", "protocol")}
-        if extra.get("limit") not in cifar10.SIZES.values():  # which may be no limit at all
-            meant["limit"] = extra.get("limit")
-        if settings["dataset"] != "auto":
-            meant["dataset"] = settings["dataset"]
-        run_directory.refuse_another_run(run_dir, meant, recipes.DEFAULTS)
-    return run_dir
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,263 @@
+"""The command line: `python -m tinycifar VERB ...`.
+
+The options can be given in the environment as well, as TINYCIFAR_SEED=1 and so on. So the Makefile
+passes its settings on: no shell reads them. An empty one means the default.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+# What is heavy, torch above all, is imported by the verb that needs it: help is there at once.
+if TYPE_CHECKING:
+    from tinycifar.studies import Study
+
+app = typer.Typer(
+    help="Train, judge and use tiny networks for CIFAR-10.",
+    epilog="Options may also be given in the environment: TINYCIFAR_SEED=1.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _option(name: str, help: str, *flags: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, envvar=f"TINYCIFAR_{name}", show_envvar=False, **more)
+
+
+def _argument(name: str, help: str) -> Any:
+    return typer.Argument(help=help, envvar=f"TINYCIFAR_{name}", show_envvar=False)
+
+
+def literal(text: Any) -> Any:
+    """What a parameter's text means: a value of Python or JSON; else the text itself."""
+    if not isinstance(text, str):
+        return text
+    named = {"true": True, "false": False, "null": None}  # not "none", which is a policy
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        pass
+    try:
+        return json.loads(text) if text.lstrip()[:1] in ("{", "[") else text
+    except ValueError:
+        return text
+
+
+RecipeName = Annotated[str, _option("RECIPE", "quick, tuned, sprint or baseline")]
+Protocol = Annotated[str, _option("PROTOCOL", "val, full or test-selected")]
+Dataset = Annotated[str, _option("DATASET", "auto, cifar10 or shapes, the stand-in")]
+Seed = Annotated[int, _option("SEED", "any whole number", parser=literal, metavar="N")]
+Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda or mps")]
+RunDir = Annotated[str, _option("RUN", "the run directory  [runs/RECIPE-PROTOCOL-seedSEED]")]
+Force = Annotated[bool, _option("FORCE", "train again what is finished")]
+Parameters = Annotated[
+    list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="repeatable")
+]
+
+
+@app.command()
+def notebook(
+    names: Annotated[list[str] | None, _argument("NB", "[stats training analysis]")] = None,
+    recipe: RecipeName = "quick",
+    protocol: Protocol = "val",
+    dataset: Dataset = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    run: RunDir = "",
+    force: Force = False,
+    parameters: Parameters = None,
+) -> None:
+    """Run notebooks headless into one run directory.
+
+    -p gives a parameter of the notebooks, or any field of a recipe, as often as needed.
+    """
+    from tinycifar.notebooks import ALL, run_notebooks
+
+    settings = {
+        "recipe": recipe,
+        "protocol": protocol,
+        "dataset": dataset,
+        "seed": seed,
+        "device": device,
+        "force": force,
+    }
+    run_notebooks(names or ALL, run or None, settings, _values(parameters))
+
+
+@app.command()
+def train(
+    recipe: RecipeName = "quick",
+    protocol: Protocol = "val",
+    dataset: Dataset = "auto",
+    limit: Annotated[int | None, _option("LIMIT", "only so many training images  [all]")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    workers: Annotated[int, _option("WORKERS", "loader processes")] = 0,
+    run: RunDir = "",
+    force: Force = False,
+    changes: Parameters = None,
+) -> None:
+    """Train a network, without a notebook. -p changes a field of the recipe."""
+    from tinycifar import data, notebooks, recipes, training
+
+    values = _values(changes)
+    if "recipe" in values:
+        raise ValueError("give the recipe as --recipe; -p changes one of its fields")
+    metrics = training.train(
+        recipes.get_recipe(recipe, **values),
+        notebooks.new_run(run) if run else None,
+        seed=seed,
+        protocol=protocol,
+        dataset=dataset if limit is None else data.load(dataset, limit=limit),
+        device=device,
+        workers=workers,
+        force=force,
+    )
+    on = data.title(metrics["dataset"], metrics["limit"])
+    print(f"test accuracy {metrics['test_acc']:.2f} % on {on}")
+
+
+@app.command()
+def sweep(
+    names: Annotated[list[str] | None, _argument("RECIPES", "[quick]")] = None,
+    seeds: Annotated[list[int] | None, _option("SEEDS", "repeatable  [0 1 2]", "--seed")] = None,
+    protocol: Annotated[str, _option("PROTOCOL", "val, full or test-selected  [val]")] = "",
+    study: Annotated[str, _option("STUDY", "a file of recipes and seeds, as in studies/")] = "",
+    dataset: Dataset = "auto",
+    device: Device = "auto",
+    folder: Annotated[str, _option("FOLDER", "of the runs  [runs, or runs/<study>]")] = "",
+    jobs: Annotated[int | None, _option("JOBS", "runs at once  [one a core; on a GPU 8]")] = None,
+) -> None:
+    """Train recipes with seeds, or a study, several runs at once."""
+    from tinycifar.paths import absolute
+    from tinycifar.studies import load_study, train_many
+
+    more: dict[str, Any] = {"dataset": dataset, "device": device, "jobs": jobs}
+    if not study:
+        more |= {"protocol": protocol or "val", "folder": folder or "runs"}
+        train_many(names or ["quick"], seeds or [0, 1, 2], **more)
+        return
+    if names or seeds or protocol:
+        raise ValueError(
+            "a study names its own recipes and seeds, under val: leave out RECIPES, SEEDS, PROTOCOL"
+        )
+    chosen = load_study(study)
+    into = absolute(folder) if folder else chosen.folder
+    try:
+        train_many(chosen.recipes, chosen.seeds, folder=into, **more)
+    finally:  # if some runs failed, of the others
+        _print_table(chosen, into)
+
+
+def _print_table(study: Study, folder: Any) -> None:
+    from tinycifar import analysis  # matplotlib, which the runs do without
+
+    names = {recipe.name for recipe in study.recipes}
+    try:
+        runs = analysis.find_runs(folder) if folder.is_dir() else []
+        runs = [run for run in runs if run.metrics and run.config["recipe"]["name"] in names]
+        if any(run.config["recipe"]["name"] == "base" for run in runs):
+            print(f"\n{study.about}\n\n{analysis.markdown(analysis.study_table(runs))}")
+    except ValueError as error:  # a damaged run; what the sweep itself ended with matters more
+        print(f"no table: {error}")
+
+
+@app.command()
+def predict(
+    image: Annotated[str, _argument("IMAGE", "path of an image, any size")],
+    run: Annotated[str, _option("RUN", "a preset, a published run or a run directory")] = "tuned",
+    top: Annotated[int, _option("TOP", "how many classes")] = 5,
+) -> None:
+    """Classify an image with trained weights."""
+    from tinycifar import weights
+
+    for name, probability in weights.predict(image, weights.load_pretrained(run), top):
+        print(f"{probability:7.2%}  {name}")
+
+
+@app.command()
+def publish() -> None:
+    """Rebuild the tables and figures of results/ and docs/ from the runs."""
+    from tinycifar.publish import rebuild
+
+    rebuild()
+
+
+@app.command()
+def verify() -> None:
+    """Evaluate all published weights on the real test set, against their metrics."""
+    from tinycifar.publish import verify
+
+    verify()
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def _values(parameters: Iterable[str] | None) -> dict[str, Any]:
+    values = {}
+    for parameter in parameters or ():
+        name, equals, text = parameter.partition("=")
+        if not equals:
+            raise ValueError(f"-p {name} has no value: give -p NAME VALUE")
+        values[name] = literal(text)
+    return values
+
+
+def _arguments(argv: Sequence[str]) -> list[str]:
+    """Those given, of a notebook also those in PARAMS; `-p NAME VALUE` as `-p NAME=VALUE`.
+
+    papermill has the former; typer has no options of two values that can be repeated.
+    """
+    waiting = list(argv)
+    if waiting[:1] == ["notebook"]:
+        try:
+            waiting += shlex.split(os.environ.get("TINYCIFAR_PARAMS", ""))
+        except ValueError as error:
+            raise ValueError(f"PARAMS can't be split into words: {error}") from error
+    joined: list[str] = []
+    while waiting:
+        joined.append(waiting.pop(0))
+        if joined[-1] == "-p" and len(waiting) > 1 and "=" not in waiting[0]:
+            joined.append(f"{waiting.pop(0)}={waiting.pop(0)}")
+    return joined
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Carry out a command line; what goes wrong ends it with one line."""
+    command = typer.main.get_command(app)
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it the way Ctrl-C does
+    try:
+        arguments = _arguments(sys.argv[1:] if argv is None else argv)
+        with command.make_context("python -m tinycifar", arguments or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as end:  # of --help
+        sys.exit(end.exit_code)
+    except typer.TyperException as error:
+        _end(f"error: {error.format_message()}", error.exit_code)
+    except KeyboardInterrupt as error:
+        said = ["interrupted: the same command goes on from the last finished epoch"]
+        _end("; ".join(said + getattr(error, "__notes__", [])), 130)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        _end("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), 1)
+
+
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
