@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from contestants import BATCH, DEVICE, SMALL
+from contestants import BATCH, DEVICE, SMALL, serve
 from matplotlib.figure import Figure
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
@@ -43,49 +42,40 @@ class Contestant:
 
     def __init__(self, name: str):
         self.batch = SMALL if "small" in name else BATCH
-        environment = dict(os.environ)
-        if name == "reference":
-            environment.pop("GOMP_SPINCOUNT", None)  # as its author would run it
-        started = time.perf_counter()
-        self.process = subprocess.Popen(
-            [sys.executable, HERE / "contestants.py", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        self.end()
-        self.seconds_to_first_step = time.perf_counter() - started
         self.turns: list[dict[str, Any]] = []
+        context, started = multiprocessing.get_context("spawn"), time.perf_counter()
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(name, theirs))
+        spin = os.environ.get("GOMP_SPINCOUNT", "")
+        if name == "reference":  # as its author would run it
+            os.environ.pop("GOMP_SPINCOUNT", None)
+        self.process.start()
+        os.environ["GOMP_SPINCOUNT"] = spin or "30000"
+        theirs.close()
+        self.connection.recv()
+        self.seconds_to_first_step = time.perf_counter() - started
 
     def begin(self, steps: int) -> None:
         """Train as many images as make so many steps of whole batches of BATCH."""
-        assert self.process.stdin
-        self.process.stdin.write(f"{steps * BATCH // self.batch}\n")
-        self.process.stdin.flush()
+        self.connection.send(steps * BATCH // self.batch)
 
-    def end(self) -> dict[str, Any]:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith("{"):  # else the banner of the stand-in
-                return json.loads(line)
-        raise RuntimeError("a contestant stopped; what it said stands above")
+    def end(self, steps: int) -> dict[str, Any]:
+        answer = self.connection.recv()
+        return answer | {"images_per_second": BATCH * steps / answer["seconds"]}
 
     def turn(self, steps: int, warm_up: int) -> None:
         """Steps that count, after some that don't: caches are cold, a loader's queue is full."""
-        self.begin(warm_up)
-        self.end()
-        self.begin(steps)
-        answer = self.end()
-        self.turns.append(answer | {"images_per_second": BATCH * steps / answer["seconds"]})
+        for count in (warm_up, steps):
+            self.begin(count)
+            turn = self.end(count)
+        self.turns.append(turn)
 
     def median(self, value: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(map(value, self.turns))
 
     def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        self.connection.send(0)
+        self.process.join()
 
 
 def race(names: list[str], rounds: int, steps: int) -> dict[str, Contestant]:
@@ -105,7 +95,7 @@ def side_by_side(name: str, count: int, rounds: int, steps: int) -> float:
     for _ in range(rounds):
         for run in runs:
             run.begin(steps)
-        rates.append(sum(BATCH * steps / run.end()["seconds"] for run in runs))
+        rates.append(sum(run.end(steps)["images_per_second"] for run in runs))
     for run in runs:
         run.close()
     return statistics.median(rates)

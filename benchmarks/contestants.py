@@ -1,18 +1,15 @@
 """The ways of training that are compared, each in a process of its own.
 
-    python benchmarks/contestants.py reference
-
-answers each line `N` on its input with a line of JSON: the seconds that its next N steps took. A
+For each number N that `serve` receives it answers with the seconds that its next N steps took. A
 process of its own, since the allocator's setting and the threads' behaviour belong to a process.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -77,15 +74,16 @@ class Images(Dataset):
         return self.transform(image=self.images[i])["image"], self.labels[i]
 
 
-def ours(
-    batch_size: int = BATCH,
-    compiled: bool = True,
-    threads: int | None = None,
-    precision: str = "float32",
-) -> Iterator[dict[str, float]]:
-    """The steps of `Trainer`, one each time `next` is called; yields the seconds of its parts."""
-    if threads:
-        torch.set_num_threads(threads)
+def ours(name: str = "ours") -> Iterator[dict[str, float]]:
+    """The steps of `Trainer`, one each time `next` is called; yields the seconds of its parts.
+
+    Args:
+        name: may also ask for `one-thread`, `eager`, `bfloat16` and `small` batches.
+    """
+    if "one-thread" in name:
+        torch.set_num_threads(1)
+    batch_size, compiled = SMALL if "small" in name else BATCH, "eager" not in name
+    precision = "bfloat16" if "bfloat16" in name else "float32"
     recipe = get_recipe("baseline", batch_size=batch_size, precision=precision, policy=POLICY)
     recipe = get_recipe(recipe, schedule="constant", stop_patience=None)
     experiment = settle(recipe, protocol="full", device=str(DEVICE), compile=compiled)
@@ -131,24 +129,12 @@ class Clock:
             self.laps[name], self.last = now - self.last, now
 
 
-CONTESTANTS = {
-    "reference": reference,
-    "ours": ours,
-    "ours-eager": lambda: ours(compiled=False),
-    "ours-one-thread": lambda: ours(threads=1),
-    "ours-bfloat16": lambda: ours(precision="bfloat16"),
-    "ours-bfloat16-one-thread": lambda: ours(precision="bfloat16", threads=1),
-    "ours-small": lambda: ours(SMALL),
-    "ours-small-one-thread": lambda: ours(SMALL, threads=1),
-}
-
-
-def main() -> None:
-    contestant = CONTESTANTS[sys.argv[1]]()
-    timed(contestant, 1)  # the first step: loads the data and compiles
-    print(json.dumps({"peak_memory_mib": peak_memory()}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(timed(contestant, int(line))), flush=True)
+def serve(name: str, connection: Connection) -> None:
+    """Take a first step, which loads the data and compiles; then as many as the other end says."""
+    contestant = reference() if name == "reference" else ours(name)
+    connection.send(timed(contestant, 1))
+    while count := connection.recv():
+        connection.send(timed(contestant, count))
 
 
 def timed(contestant: Iterator[dict[str, float]], count: int) -> dict[str, Any]:
@@ -159,7 +145,3 @@ def timed(contestant: Iterator[dict[str, float]], count: int) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     parts = {name: sum(lap[name] for lap in laps) for name in laps[0]}
     return {"seconds": seconds, "parts": parts, "peak_memory_mib": peak_memory()}
-
-
-if __name__ == "__main__":
-    main()
