@@ -22,13 +22,7 @@ from matplotlib.transforms import Bbox
 from torch import nn
 
 import augment
-from tinycifar.analysis.measures import (
-    augmented,
-    calibration,
-    confusion_matrix,
-    effective_receptive_field,
-    share_within,
-)
+from tinycifar.analysis import measures
 from tinycifar.analysis.presentation import mean_std
 from tinycifar.analysis.runs import (
     Predictions,
@@ -46,21 +40,11 @@ from tinycifar.data import Data, channel_stats
 from tinycifar.recipes import Recipe
 
 __all__ = [
-    "plot_accuracy_vs_cost",
-    "plot_augmentations",
-    "plot_class_counts",
-    "plot_confusion",
-    "plot_costs",
-    "plot_effective_receptive_field",
-    "plot_history",
-    "plot_mistakes",
-    "plot_per_class",
-    "plot_receptive_field",
-    "plot_reliability",
-    "plot_samples",
-    "plot_start",
+    "plot_accuracy_vs_cost", "plot_augmentations", "plot_class_counts", "plot_confusion",
+    "plot_costs", "plot_effective_receptive_field", "plot_history", "plot_mistakes",
+    "plot_per_class", "plot_receptive_field", "plot_reliability", "plot_samples", "plot_start",
     "plot_study",
-]
+]  # fmt: skip
 
 Arguments = ParamSpec("Arguments")
 Colour = Any  # what matplotlib takes for one
@@ -75,7 +59,6 @@ COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK)
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.labelsize": 10,
     "axes.prop_cycle": plt.cycler(color=COLOURS),
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -83,9 +66,6 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08,
     "figure.dpi": 100,
-    "figure.facecolor": "white",
-    "figure.titlesize": 12,
-    "font.size": 10,
     "grid.alpha": 0.3,
     "legend.fontsize": 9,
     "legend.frameon": False,
@@ -178,7 +158,7 @@ def plot_augmentations(
     size = (max(4.5, 0.72 * n + 1.4), len(policies) * (0.72 * len(builds) + 0.4) + 0.5)
     figure, all_axes = plt.subplots(len(policies), figsize=size, squeeze=False)
     for axes, policy in zip(all_axes[:, 0], policies, strict=True):
-        rows = [augmented(images, policy, build, stats, seed) for build in builds]
+        rows = [measures.augmented(images, policy, build, stats, seed) for build in builds]
         _draw_mosaic(axes, np.stack(rows), builds)
         what = f"{policy}: {_described(augment.get_policy(policy))}"
         axes.set_title(_wrapped(what, figure, share=0.75), loc="left", fontsize=10)
@@ -260,23 +240,20 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
     figure, (loss, accuracy, lr) = plt.subplots(1, 3, figsize=(11, 3.9))
     colours = _colour_by_kind(runs)
     for run in runs:
-        colour = colours[_kind(run)]
-        _draw_curves(loss, run, "loss", colour)
-        _draw_curves(accuracy, run, "acc", colour)
-        share = run.history["lr"] / run.recipe["lr"]
-        lr.plot(run.history["epoch"], share, color=colour, marker=_marker(run))
-    for kind, colour in colours.items():
-        sides = _sides(next(run for run in runs if _kind(run) == kind))
+        # A single epoch is a point; fifty are a line.
+        look = {"color": colours[_kind(run)], "marker": "o" if run.epochs <= 15 else ""}
+        _draw_curves(loss, run, "loss", look)
+        _draw_curves(accuracy, run, "acc", look)
+        lr.plot(run.history["epoch"], run.history["lr"] / run.recipe["lr"], **look)
+    for kind, run in {_kind(run): run for run in reversed(runs)}.items():
         for axes in (loss, accuracy):
-            _draw_growth(axes, sides, colour, named=len(colours) == 1)
+            _draw_growth(axes, _sides(run), colours[kind], named=len(colours) == 1)
     if any(run.recipe["schedule"] == "plateau" for run in runs):
         lr.set_yscale("log")  # its drops are factors
         lr.set_ylim(bottom=max(lr.get_ylim()[0], 3e-5))  # one cycle ends at nothing
-    loss.set_ylabel("loss")
-    accuracy.set_ylabel("accuracy, %")
-    lr.set_ylabel("learning rate, share of its peak")
-    for axes in (loss, accuracy, lr):
-        axes.set_xlabel("epoch")
+    labels = ("loss", "accuracy, %", "learning rate, share of its peak")
+    for axes, label in zip((loss, accuracy, lr), labels, strict=True):
+        axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _history_legend(figure, runs, colours)
     return figure
@@ -306,7 +283,7 @@ def plot_start(runs: Iterable[Run], epochs: int = 8) -> Figure:
 def plot_confusion(predictions: Predictions) -> Figure:
     """The confusion matrix: counts in the cells, mistakes coloured by their share of the class."""
     classes = predictions.classes
-    counts = confusion_matrix(predictions.labels, predictions.predicted, len(classes))
+    counts = measures.confusion_matrix(predictions.labels, predictions.predicted, len(classes))
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = plt.subplots(figsize=(7.5, 6.4))
     mistakes = np.ma.masked_where(np.eye(len(classes), dtype=bool), shares)
@@ -329,7 +306,7 @@ def plot_confusion(predictions: Predictions) -> Figure:
 def plot_per_class(predictions: Predictions) -> Figure:
     """Accuracy class by class, best first, with its 95 % interval, beside the whole."""
     classes = predictions.classes
-    counts = confusion_matrix(predictions.labels, predictions.predicted, len(classes))
+    counts = measures.confusion_matrix(predictions.labels, predictions.predicted, len(classes))
     accuracy = 100 * counts.diagonal() / np.maximum(counts.sum(axis=1), 1)
     overall = 100 * counts.trace() / counts.sum()
     order = np.argsort(-accuracy, kind="stable")
@@ -379,7 +356,7 @@ def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
 
     For the bins and the source see `calibration`.
     """
-    table, ece = calibration(predictions.log_p, predictions.labels, bins)
+    table, ece = measures.calibration(predictions.log_p, predictions.labels, bins)
     table = table[table["n"] > 0]
     centres, width = (table["low"] + table["high"]) / 2, 0.94 / bins
     sizes = {"height_ratios": (3, 1)}
@@ -422,7 +399,7 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
     theoretical, margin = receptive_field(model)[-1].field, IMAGE_SIDE // 2
     around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
     images = np.pad(data.test_images[:n], around, mode="reflect")
-    field = effective_receptive_field(model, images, mean, std)
+    field = measures.effective_receptive_field(model, images, mean, std)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
     _draw_field(left, field, theoretical, margin)
     _draw_shares(right, field, theoretical)
@@ -529,13 +506,6 @@ def _is_comparable(run: Run) -> bool:
 # --------------------------------------------------------------------------------- parts of figures
 
 
-def _selection_labels(runs: Sequence[Run]) -> str:
-    """What the solid curves show; empty where nothing was selected."""
-    labels = {"validation": "validation", "test": "test (selection!)"}
-    selected_on = dict.fromkeys(filter(None, (run.selects_on for run in runs)))
-    return " and ".join(labels[where] for where in selected_on)
-
-
 def _kind(run: Run) -> Kind:
     """What runs share that differ in their seed alone, as far as a figure tells them apart."""
     return run.kind, run.data_title
@@ -544,25 +514,15 @@ def _kind(run: Run) -> Kind:
 def _colour_by_kind(runs: Sequence[Run]) -> dict[Kind, Colour]:
     """A colour for each kind of run, the same in every figure of the same runs."""
     kinds = list(dict.fromkeys(map(_kind, runs)))
-    return dict(zip(kinds, _colours(len(kinds)), strict=True))
-
-
-def _rates(run: Run) -> str:
-    """The highest learning rate of each optimizer in use."""
-    recipe = run.recipe
-    muon = f", Muon's {recipe['muon_lr']:g}" if recipe["optimizer"].startswith("muon") else ""
-    return f"highest learning rate {recipe['lr']:g}{muon}"
+    many = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(kinds)))
+    return dict(zip(kinds, COLOURS if len(kinds) <= len(COLOURS) else many, strict=False))
 
 
 def _sides(run: Run) -> dict[int, int]:
     """The side of the training images, in pixels, by the epoch that it first comes with."""
-    growth = {name: run.recipe[name] for name in ("epochs", "start_side", "grow")}
-    recipe = Recipe("", **growth)
-    sides: dict[int, int] = {}
-    for epoch in range(1, run.epochs + 1):
-        if recipe.side(epoch) not in sides.values():
-            sides[epoch] = recipe.side(epoch)
-    return sides
+    recipe = Recipe("", **{name: run.recipe[name] for name in ("epochs", "start_side", "grow")})
+    sides = [recipe.side(epoch) for epoch in range(1, run.epochs + 1)]
+    return {sides.index(side) + 1: side for side in sides}
 
 
 def _draw_growth(axes: Axes, sides: dict[int, int], colour: Colour, *, named: bool) -> None:
@@ -571,14 +531,8 @@ def _draw_growth(axes: Axes, sides: dict[int, int], colour: Colour, *, named: bo
         if epoch > 1:
             axes.axvline(epoch - 0.5, color=colour, linestyle=":", linewidth=1)
         if named:
-            place: dict[str, Any] = {"xy": (epoch - 0.5, 1), "xycoords": ("data", "axes fraction")}
-            note: dict[str, Any] = {
-                "xytext": (2, 1),
-                "textcoords": "offset points",
-                "fontsize": 8,
-                "color": GREY,
-            }
-            axes.annotate(f"{side} px", **place, **note)
+            place = axes.get_xaxis_transform()  # epochs along, shares of the height upwards
+            axes.text(epoch - 0.5, 1.01, f" {side} px", fontsize=8, color=GREY, transform=place)
 
 
 def _wrapped(title: str, figure: Figure, share: float = 1.0) -> str:
@@ -587,14 +541,6 @@ def _wrapped(title: str, figure: Figure, share: float = 1.0) -> str:
     letters = int(11 * share * figure.get_figwidth())  # about 11 an inch
     lines = textwrap.wrap(parts, letters, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines).replace("\xa0", " ")
-
-
-def _colours(n: int) -> list[Colour]:
-    return (
-        list(COLOURS[:n])
-        if n <= len(COLOURS)
-        else list(plt.get_cmap("viridis")(np.linspace(0, 0.9, n)))
-    )
 
 
 def _draw_mosaic(axes: Axes, images: np.ndarray, names: Sequence[str], gap: int = 2) -> None:
@@ -634,34 +580,33 @@ def _field_label(row: pd.Series) -> str:
     return "\n".join([row["layer"], *apart])
 
 
-def _marker(run: Run) -> str:
-    return "o" if run.epochs <= 15 else ""  # a single epoch is a point; fifty are a line
-
-
-def _draw_curves(axes: Axes, run: Run, what: str, colour: Colour) -> None:
-    epochs, look = run.history["epoch"], {"color": colour, "marker": _marker(run)}
-    selection = run.history[f"val_{what}"]
+def _draw_curves(axes: Axes, run: Run, what: str, look: dict[str, Any]) -> None:
+    epochs, selection = run.history["epoch"], run.history[f"val_{what}"]
     axes.plot(epochs, run.history[f"train_{what}"], "--", markerfacecolor="white", **look)
-    if run.selects_on is None:
-        return
-    axes.plot(epochs, selection, "-", **look)
-    if run.metrics is not None:
-        best = run.metrics["best_epoch"]
-        axes.plot(best, selection[best - 1], "*", color=colour, ms=13, markeredgecolor="white")
+    if run.selects_on:
+        axes.plot(epochs, selection, "-", **look)
+    if run.selects_on and run.metrics:
+        best, star = run.metrics["best_epoch"], look | {"marker": "*", "linestyle": ""}
+        axes.plot(best, selection[best - 1], markersize=13, markeredgecolor="white", **star)
 
 
-def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict) -> None:
+def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict[Kind, Colour]) -> None:
     """One run is named in the title; many are named in a legend, where their colour is."""
-    entries = {}
-    data = " and ".join(dict.fromkeys(run.data_title for run in runs))
-    title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs · {data}"
+    first, titles = runs[0], dict.fromkeys(run.data_title for run in runs)
+    title = first.title if len(runs) == 1 else f"{len(runs)} runs · {' and '.join(titles)}"
     if len(colours) == 1:
-        title += f" · {_rates(runs[0])}"
+        muon = f", Muon's {first.recipe['muon_lr']:g}" * first.recipe["optimizer"].startswith(
+            "muon"
+        )
+        title += f" · highest learning rate {first.recipe['lr']:g}{muon}"
+    figure.suptitle(_wrapped(title, figure))
+    entries: dict[str, dict[str, Any]] = {}
     if len(runs) > 1:
         entries = {_named(runs, kind): {"color": colour} for kind, colour in colours.items()}
-    figure.suptitle(_wrapped(title, figure))
     entries["train, as augmented"] = {"color": GREY, "linestyle": "--"}
-    if solid := _selection_labels(runs):
+    selected = dict.fromkeys(run.selects_on for run in runs if run.selects_on)
+    if selected:
+        solid = " and ".join(selected).replace("test", "test (selection!)")
         entries[solid] = {"color": GREY}
     if any(run.metrics and run.selects_on for run in runs):
         entries["selected epoch"] = {"color": GREY, "marker": "*", "ls": "", "markersize": 11}
@@ -676,13 +621,12 @@ def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict) -> None:
 def _named(runs: Sequence[Run], kind: Kind) -> str:
     """The runs of a kind, their seeds, and how many of them aren't finished."""
     alike = [run for run in runs if _kind(run) == kind]
-    if len(alike) == 1:
-        return alike[0].label if len({run.data_title for run in runs}) == 1 else alike[0].title
-    name, data = kind
-    name += f" · seeds {', '.join(str(run.config['seed']) for run in alike)}"
-    name += f" · {data}" if len({run.data_title for run in runs}) > 1 else ""
-    waiting = sum(run.metrics is None for run in alike)
-    return name + (f" · {waiting} unfinished" if waiting else "")
+    name = alike[0].label
+    if len(alike) > 1:
+        name = f"{kind[0]} · seeds {', '.join(str(run.config['seed']) for run in alike)}"
+        if waiting := sum(run.metrics is None for run in alike):
+            name += f" · {waiting} unfinished"
+    return name if len({run.data_title for run in runs}) == 1 else f"{name} · {kind[1]}"
 
 
 def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) -> None:
@@ -705,13 +649,13 @@ def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) ->
 def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
     """How much of the gradient lies within a centred square of each side."""
     sides = np.arange(1, len(field) + 1, 2)  # odd: only these are centred on a pixel
-    shares = np.array([share_within(field, int(side)) for side in sides])
+    shares = np.array([measures.share_within(field, int(side)) for side in sides])
     axes.plot(sides, shares, color=BLUE, label="measured")
     even = 100 * np.minimum(sides / theoretical, 1) ** 2
     axes.plot(sides, even, "--", color=GREY, label="spread evenly over the theoretical field")
     half, most = (sides[np.argmax(shares >= share)] for share in (50, 95))
     for side in dict.fromkeys((half, most, theoretical)):
-        share = share_within(field, side)
+        share = measures.share_within(field, int(side))
         axes.plot(side, share, "o", color=BLUE, markersize=6)
         place: dict[str, Any] = {
             "xytext": (6, -5),
@@ -741,10 +685,12 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
     spots = [axes.transData.transform((point.x, point.y)) for point in points]
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     frame = axes.get_window_extent()
+    look: dict[str, Any] = {"fontsize": 9, "textcoords": "offset points"}
     for point in points:
-        look: dict[str, Any] = {"fontsize": 9, "color": point.colour, "textcoords": "offset points"}
         for place in _PLACES:
-            note = axes.annotate(point.name, (point.x, point.y), **place, **look)
+            note = axes.annotate(
+                point.name, (point.x, point.y), color=point.colour, **look, **place
+            )
             note.get_window_extent()  # puts the text in its place
             box = Text.get_window_extent(note)  # the text's, without a line to the point
             inside = frame.x0 < box.x0 and box.x1 < frame.x1
@@ -755,22 +701,20 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
         taken.append(box)
 
 
-# Beside a point, above and below it, and further up and down on its right, at the end of a line.
-_LEADER = {
-    "arrowstyle": "-",
-    "color": GREY,
-    "linewidth": 0.6,
-    "relpos": (0, 0.5),  # from the text's left end
-    "shrinkA": 0,
-    "shrinkB": 3,
-}
+def _place(x: int, y: int, ha: str, va: str, **more: Any) -> dict[str, Any]:
+    return {"xytext": (x, y), "ha": ha, "va": va, **more}
+
+
+# Beside a point, above and below it, and further up and down on its right, at the end of a line
+# that begins at the text's left end.
+_LEADER = dict(arrowstyle="-", color=GREY, lw=0.6, relpos=(0, 0.5), shrinkA=0, shrinkB=3)
 _PLACES = [
-    {"xytext": (8, 0), "ha": "left", "va": "center"},
-    {"xytext": (-8, 0), "ha": "right", "va": "center"},
-    {"xytext": (0, 8), "ha": "center", "va": "bottom"},
-    {"xytext": (0, -8), "ha": "center", "va": "top"},
+    _place(8, 0, "left", "center"),
+    _place(-8, 0, "right", "center"),
+    _place(0, 8, "center", "bottom"),
+    _place(0, -8, "center", "top"),
 ] + [
-    {"xytext": (12, sign * dy), "ha": "left", "va": "center", "arrowprops": _LEADER}
+    _place(12, sign * dy, "left", "center", arrowprops=_LEADER)
     for dy in range(10, 60, 5)
     for sign in (1, -1)
 ]

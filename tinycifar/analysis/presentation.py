@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,55 +33,39 @@ SUFFIXES = ("_std", "_min", "_max")
 # Columns that say how another is shown.
 _WITHIN_OTHERS = ("clear", "differs", "gain_error", "gain_interval", "seeds", "epochs_planned")
 
-# Column: its heading, where that isn't just its name, and how a value is written, where that isn't
-# as `_plain` has it.
-_PERCENT, _LOSS, _POINTS, _SHARE = "{:.2f}", "{:.4f}", "{:+z.2f}", "{:.1f} %"
-_COLUMNS: dict[str, tuple[str, str]] = {
-    "a_as_b": ("a taken for b", ""),
-    "accuracy": ("accuracy, %", _PERCENT),
-    "b_as_a": ("b taken for a", ""),
-    "best_acc": ("accuracy there, %", _PERCENT),
-    "best_minus_last": ("there − last", _POINTS),
-    "changes": ("what changes", ""),
-    "c_in": ("channels in", ""),
-    "c_out": ("channels out", ""),
-    "field": ("", ""),
-    "gain": ("gain over base", _POINTS),
-    "gain_of_highest": ("highest − highest before", _POINTS),
-    "highest_acc": ("highest accuracy, %", _PERCENT),
-    "highest_minus_last": ("highest − last", _POINTS),
-    "images_per_second": ("images/s", "{:,.0f}"),
-    "jump_at_drop": ("first after the drop − last before", _POINTS),
-    "last_acc": ("last epoch, %", _PERCENT),
-    "loss": ("loss", _LOSS),
-    "lr": ("learning rate", "{:.2g}"),
-    "minutes": ("minutes", "{:,.0f}"),
-    "multiply_adds": ("multiply-adds", "{:,.0f}"),
-    "multiply_adds_share": ("share of multiply-adds", _SHARE),
-    "n": ("seeds", "n = {}"),
-    "n_images": ("how many", ""),
-    "part": ("images", ""),
-    "parameters_share": ("share of parameters", _SHARE),
-    "receptive_field": ("receptive field, px", ""),
-    "sees_all": ("positions that see the whole image", ""),
-    "selects_on": ("selected on", ""),
-    "share": ("share of all mistakes", _SHARE),
-    "side": ("side, px", ""),
-    "standard_multiply_adds": ("of standard 3x3", ""),
-    "standard_parameters": ("standard 3x3", ""),
-    "test_acc": ("test, %", _PERCENT),
-    "test_acc_tta": ("test with flip, %", _PERCENT),
-    "test_loss": ("test loss", _LOSS),
-    "times_fewer_multiply_adds": ("times fewer multiply-adds", "{:.1f}"),
-    "times_fewer_parameters": ("times fewer", "{:.1f}"),
-    "train_acc": ("training, %", _PERCENT),
-    "val_acc": ("validation, %", _PERCENT),
-    "val_loss": ("validation loss", _LOSS),
+# Headings that aren't just a column's name, with _WORDS for its words.
+_HEADINGS = {
+    "a_as_b": "a taken for b",
+    "b_as_a": "b taken for a",
+    "best_acc": "accuracy at best epoch, %",
+    "changes": "what changes",
+    "field": "",
+    "gain": "gain over base",
+    "gain_of_highest": "highest − highest before",
+    "jump_at_drop": "first after the drop − last before",
+    "last_acc": "at last epoch, %",
+    "n": "seeds",
+    "n_images": "how many",
+    "part": "images",
+    "receptive_field": "receptive field, px",
+    "sees_all": "positions that see the whole image",
+    "share": "share of all mistakes",
+    "side": "side, px",
+    "test_acc_tta": "test accuracy with flip, %",
 }
-_COLUMNS |= {
-    f"{what}_{channel}": (f"{what} {channel.upper()}", "{:z.3f}")
-    for what in ("mean", "std")
-    for channel in "rgb"
+_WORDS = {"acc": "accuracy, %", "accuracy": "accuracy, %", "lr": "learning rate", "minus": "−"}
+_WORDS |= {"train": "training", "val": "validation", "r": "R", "g": "G", "b": "B"}
+# How a value is written, by what its column's name ends with; the others: see `_plain`.
+_FORMATS = {
+    r"acc|accuracy|tta|epoch_\d+": "{:.2f}",
+    r"loss": "{:.4f}",
+    r"gain.*|minus_last|jump_at_drop": "{:+z.2f}",
+    r"share": "{:.1f} %",
+    r"times_fewer.*": "{:.1f}",
+    r"(mean|std)_[rgb]": "{:z.3f}",
+    r"minutes|images_per_second": "{:,.0f}",
+    r"lr": "{:.2g}",
+    r"n": "n = {}",
 }
 
 
@@ -88,12 +73,12 @@ def markdown(frame: pd.DataFrame) -> str:
     """A table as Markdown, with its note."""
     cells = presented(frame).map(lambda cell: cell.replace("|", "\\|"))
     for row, column in _bold(frame, cells):
-        cells.iat[row, column] = f"**{cells.iat[row, column]}**"
-    parts: list[str] = [frame.attrs["note"]] if "note" in frame.attrs else []
+        cells.iat[row, column] = "**" + str(cells.iat[row, column]) + "**"
+    parts = [str(frame.attrs.get("note", ""))]
     if len(cells):
         align = ["left" if left else "right" for left in _left(frame, cells)]
         parts.insert(0, cells.to_markdown(index=False, disable_numparse=True, colalign=align))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 class _Table(Styler):
@@ -130,7 +115,7 @@ def show_source(thing: Callable[..., Any] | type) -> None:
 
 def presented(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame as it is read: text throughout, headings instead of names."""
-    cells = {_look(name)[0]: _cells(frame, name) for name in _shown(frame)}
+    cells = {_heading(name): _cells(frame, name) for name in _shown(frame)}
     table = pd.DataFrame(cells, index=frame.index, dtype="str")
     if not frame.attrs.get("vertical"):
         return table.reset_index(drop=True)
@@ -160,11 +145,14 @@ def _shown(frame: pd.DataFrame) -> Iterator[str]:
             yield name
 
 
-def _look(name: str) -> tuple[str, str]:
-    """A column's heading, and the format of its values."""
-    if name.startswith("epoch_"):
-        return name.replace("_", " "), _PERCENT
-    return _COLUMNS.get(name, (name.replace("_", " "), ""))
+def _heading(name: str) -> str:
+    words = (_WORDS.get(word, word) for word in name.split("_"))
+    return _HEADINGS.get(name, " ".join(words)).replace("multiply adds", "multiply-adds")
+
+
+def _format(name: str) -> str:
+    fits = (form for end, form in _FORMATS.items() if re.fullmatch(f"(.*_)?({end})", name))
+    return next(fits, "")
 
 
 def _cells(frame: pd.DataFrame, name: str) -> list[str]:
@@ -173,7 +161,7 @@ def _cells(frame: pd.DataFrame, name: str) -> list[str]:
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    form = _look(name)[1]
+    form = _format(name)
     if row.get("n") == 0 and name in ("n", "epochs"):  # an unfinished run
         unfinished = f"unfinished: {row['epochs_min']} of {row['epochs_planned']}"
         return f"seed {row['seeds']}" if name == "n" else unfinished
@@ -208,5 +196,5 @@ def _bold(frame: pd.DataFrame, cells: pd.DataFrame) -> Iterator[tuple[int, int]]
     """(row, column) of what stands out: gains that are clear, fields that differ."""
     for flag, name in (("clear", "gain"), ("differs", "field")):
         if flag in frame:
-            column = list(cells).index(_look(name)[0])
+            column = list(cells).index(_heading(name))
             yield from ((int(row), column) for row in frame[flag].to_numpy().nonzero()[0])

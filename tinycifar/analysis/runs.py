@@ -28,18 +28,9 @@ from tinycifar.studies import load_study
 from tinycifar.weights import load_pretrained
 
 __all__ = [
-    "Predictions",
-    "Run",
-    "find_runs",
-    "load_model",
-    "load_run",
-    "load_runs",
-    "predictions",
-    "published_code_run",
-    "published_networks",
-    "published_run",
-    "published_study",
-]
+    "Predictions", "Run", "find_runs", "load_model", "load_run", "load_runs", "predictions",
+    "published_code_run", "published_networks", "published_run", "published_study",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +98,40 @@ class Run:
         """What a figure says about its run, e.g. "quick · val · seed 0 · CIFAR-10"."""
         return f"{self.label} · {self.data_title}"
 
+    @property
+    def pool_key(self) -> str:
+        """What runs share that differ in their seed alone, and so may be pooled.
+
+        Whole recipes, not their names: a mean over two recipes would mean nothing. The teacher's
+        weights and the policies as well: what a name stands for may change.
+        """
+        teacher = self.config.get("teacher_sha256")
+        parts = [self.recipe, self._policies(), teacher, self.data_title, self.protocol]
+        return json.dumps(parts, sort_keys=True)
+
+    def _policies(self) -> dict[str, dict[str, Any]]:
+        """What the names of its policies meant; an early run, which didn't note it, has today's."""
+        noted = self.config.get("policies")
+        if noted is None:
+            names = {self.recipe["policy"], *(["light"] if self.recipe.get("calm") else [])}
+            noted = {n: asdict(augment.POLICIES[n]) for n in names & augment.POLICIES.keys()}
+        return {name: asdict(augment.Policy()) | policy for name, policy in noted.items()}
+
+    def splits(self, data: Data) -> DataSplits:
+        """`data` as the run saw it.
+
+        Raises:
+            ValueError: it isn't what the run was trained on.
+        """
+        was, limit = self.config["data_sha256"], self.config.get("limit")
+        if data.checksum != was:
+            raise ValueError(
+                f"run {self.name} was trained on {self.data_title} (sha256 {was[:12]}), not on "
+                f"{data.title} ({data.checksum[:12]}): pass "
+                f"tinycifar.data.load({self.config['dataset']!r}, limit={limit})"
+            )
+        return DataSplits(data, self.protocol)
+
 
 def load_run(run: str | PathLike[str]) -> Run:
     """Read a run directory, finished or not.
@@ -159,26 +184,6 @@ def as_list(runs: Run | Iterable[Run]) -> list[Run]:
 
 def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
-
-
-def pool_key(run: Run) -> str:
-    """What runs share that differ in their seed alone, and so may be pooled.
-
-    Whole recipes, not their names: a mean over two recipes would mean nothing. The teacher's
-    weights and the policies as well: what a name stands for may change.
-    """
-    teacher = run.config.get("teacher_sha256")
-    parts = [run.recipe, _policies(run), teacher, run.data_title, run.protocol]
-    return json.dumps(parts, sort_keys=True)
-
-
-def _policies(run: Run) -> dict[str, dict[str, Any]]:
-    """What the names of its policies meant; an early run, which didn't note it, has today's."""
-    noted = run.config.get("policies")
-    if noted is None:
-        names = {run.recipe["policy"], *(["light"] if run.recipe.get("calm") else [])}
-        noted = {n: asdict(augment.POLICIES[n]) for n in names & augment.POLICIES.keys()}
-    return {name: asdict(augment.Policy()) | policy for name, policy in noted.items()}
 
 
 # --------------------------------------------------------------------------- published elsewhere
@@ -263,14 +268,7 @@ def published_study(name: str) -> list[Run]:
     return found
 
 
-_PUBLISHED = {
-    "network": "str",
-    "parameters": "int64",
-    "multiply_adds": "float64",
-    "accuracy": "float64",
-    "how": "str",
-    "source": "str",
-}
+_PUBLISHED = ["network", "parameters", "multiply_adds", "accuracy", "how", "source"]
 
 
 def published_networks(file: str | PathLike[str] = RESULTS / "published.csv") -> pd.DataFrame:
@@ -284,7 +282,8 @@ def published_networks(file: str | PathLike[str] = RESULTS / "published.csv") ->
         FileNotFoundError: no such file. ValueError: a row that can't be read.
     """
     try:
-        table = pd.read_csv(file, dtype=_PUBLISHED)[list(_PUBLISHED)]  # type: ignore[arg-type]  # stubs know no plain dict
+        numbers = {"parameters": "int64", "multiply_adds": "float64", "accuracy": "float64"}
+        table = pd.read_csv(file)[_PUBLISHED].astype(numbers)
         if table["accuracy"].isna().any():
             raise ValueError("an accuracy is missing")
     except (KeyError, ValueError) as error:
@@ -350,7 +349,7 @@ def predictions(run: Run, data: Data, part: str | None = None) -> Predictions:
             under other protocols than `val`; or a run that isn't finished is to be looked at on
             test, which would be choosing by it.
     """
-    splits = splits_of(run, data)
+    splits = run.splits(data)
     if part not in (None, "test", "validation"):
         raise ValueError(f"part must be test, validation or None; got {part!r}")
     part = part or ("validation" if run.selects_on == "validation" else "test")
@@ -365,19 +364,3 @@ def predictions(run: Run, data: Data, part: str | None = None) -> Predictions:
     log_p = log_probabilities(load_model(run), chosen[0], run.stats).numpy()
     images, labels = (tensor.numpy() for tensor in chosen)
     return Predictions(log_p, images, labels, data.classes, f"{part} images · {run.title}")
-
-
-def splits_of(run: Run, data: Data) -> DataSplits:
-    """`data` as the run saw it.
-
-    Raises:
-        ValueError: it isn't what the run was trained on.
-    """
-    if data.checksum != run.config["data_sha256"]:
-        name, limit = run.config["dataset"], run.config.get("limit")
-        raise ValueError(
-            f"run {run.name} was trained on {run.data_title} (sha256 "
-            f"{run.config['data_sha256'][:12]}), not on {data.title} ({data.checksum[:12]}): "
-            f"pass tinycifar.data.load({name!r}, limit={limit})"
-        )
-    return DataSplits(data, run.protocol)

@@ -5,6 +5,7 @@ Accuracies are percentages, differences of accuracies points. NaN is what isn't 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -16,16 +17,7 @@ from torch import nn
 import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny, SeparableConv
 from tinycifar.analysis.measures import confusion_matrix, gains, normalised_moments
-from tinycifar.analysis.runs import (
-    Predictions,
-    Run,
-    as_list,
-    counted,
-    load_model,
-    pool_key,
-    published_run,
-    splits_of,
-)
+from tinycifar.analysis.runs import Predictions, Run, as_list, counted, load_model, published_run
 from tinycifar.checks import check_whole
 from tinycifar.costs import layer_costs, receptive_field
 from tinycifar.data import Data, channel_stats
@@ -33,21 +25,10 @@ from tinycifar.evaluation import evaluate
 from tinycifar.recipes import Recipe
 
 __all__ = [
-    "batch_check",
-    "choice_table",
-    "confusion_table",
-    "dilation_table",
-    "drops_table",
-    "field_table",
-    "fit_table",
-    "layer_table",
-    "metrics_table",
-    "recipes_table",
-    "runs_table",
-    "separable_table",
-    "start_table",
-    "study_table",
-]
+    "batch_check", "choice_table", "confusion_table", "dilation_table", "drops_table",
+    "field_table", "fit_table", "layer_table", "metrics_table", "recipes_table", "runs_table",
+    "separable_table", "start_table", "study_table",
+]  # fmt: skip
 
 STATISTICS = {"": "mean", "_std": "std", "_min": "min", "_max": "max"}  # by a column's suffix
 
@@ -62,8 +43,15 @@ def recipes_table(recipes: Iterable[Recipe], all_fields: bool = False) -> pd.Dat
 
     Returns:
         field, a column for each recipe (None where the field isn't used), differs.
+
+    Raises:
+        ValueError: two different recipes of one name.
     """
-    columns = {recipe.name: _used(recipe) for recipe in dict.fromkeys(recipes)}
+    columns: dict[str, dict[str, Any]] = {}
+    for recipe in dict.fromkeys(recipes):
+        if recipe.name in columns:
+            raise ValueError(f"two recipes are called {recipe.name!r}: rename one of them")
+        columns[recipe.name] = _used(recipe)
     table = pd.DataFrame(columns, dtype=object).drop(index="name")
     table["differs"] = table.map(repr).nunique(axis=1) > 1
     used = table.drop(columns="differs").notna().any(axis=1)
@@ -77,18 +65,14 @@ def _used(recipe: Recipe) -> dict[str, Any]:
         "muon_lr": not recipe.optimizer.startswith("muon"),
         "momentum": recipe.optimizer == "adamw",
         "warmup": recipe.schedule not in ("one_cycle", "cosine"),
-        "plateau_factor": recipe.schedule != "plateau",
-        "plateau_patience": recipe.schedule != "plateau",
+        "plateau_factor plateau_patience": recipe.schedule != "plateau",
         "grow": recipe.start_side == 32,
-        "teaching": recipe.teacher is None,
-        "temperature": recipe.teacher is None,
-        "skips": recipe.network == "tiny",
-        "activation": recipe.network == "tiny",
-        "dilated": recipe.network != "tiny",
-        "separable": recipe.network != "tiny",
-        "width": recipe.network != "tiny",
+        "teaching temperature": recipe.teacher is None,
+        "skips activation": recipe.network == "tiny",
+        "dilated separable width": recipe.network != "tiny",
     }
-    return {name: None if unused.get(name) else value for name, value in asdict(recipe).items()}
+    without = " ".join(names for names, is_unused in unused.items() if is_unused).split()
+    return {name: None if name in without else value for name, value in asdict(recipe).items()}
 
 
 # --------------------------------------------------------------------------------------- of runs
@@ -154,7 +138,7 @@ def _pooled(runs: list[Run], **more: list[Any]) -> tuple[pd.DataFrame, list[str]
         of the runs that are left out, as their seed came before.
     """
     table = metrics_table(runs, times=True).assign(**more)
-    keys = (pool_key(run) if run.metrics else f"unfinished {i}" for i, run in enumerate(runs))
+    keys = (run.pool_key if run.metrics else f"unfinished {i}" for i, run in enumerate(runs))
     table["pool"], table["finished"] = list(keys), [run.metrics is not None for run in runs]
     repeated = table.duplicated(["pool", "seed"])
     table.attrs = {}
@@ -231,7 +215,7 @@ def study_table(runs: Iterable[Run]) -> pd.DataFrame:
         raise ValueError("a study compares on the same data: pass the runs on one data set only")
     if any(run.protocol != "val" for run in finished):
         raise ValueError("a study compares on validation: pass runs under the protocol val only")
-    bases = {pool_key(run): run for run in finished if run.recipe["name"] == "base"}
+    bases = {run.pool_key: run for run in finished if run.recipe["name"] == "base"}
     if len(bases) != 1:
         raise ValueError(
             f"a study has one base with a finished run; here there are {len(bases)}: train it "
@@ -364,7 +348,7 @@ def fit_table(run: Run, data: Data) -> pd.DataFrame:
     Raises:
         ValueError: `data` isn't what the run was trained on.
     """
-    splits = splits_of(run, data)
+    splits = run.splits(data)
     if run.metrics is None:
         return _noted(pd.DataFrame(), f"The run {run.name} isn't finished.")
     index = splits.train_index[: len(data.test_labels)]  # as many as test images: soon done
@@ -413,29 +397,26 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
     Returns:
         layer, stage (the first part of its name), kind (standard, depthwise, pointwise or
         BatchNorm), channels, side (of its square output), activations (the values it puts out),
-        parameters, parameters_share, multiply_adds, multiply_adds_share; shares in percent.
+        parameters, multiply_adds, parameters_share, multiply_adds_share; shares in percent.
     """
-    rows = []
-    for cost in layer_costs(model):
-        channels, side, _ = cost.out_shape
-        rows.append(
-            {
-                "layer": cost.name,
-                "stage": cost.name.split(".")[0],
-                "kind": _kind(model.get_submodule(cost.name)),
-                "channels": channels,
-                "side": side,
-                "activations": channels * side**2,
-                "parameters": cost.params,
-                "multiply_adds": cost.macs,
-            }
-        )
+    rows = [
+        {
+            "layer": cost.name,
+            "stage": cost.name.split(".")[0],
+            "kind": _kind(model.get_submodule(cost.name)),
+            "channels": cost.out_shape[0],
+            "side": cost.out_shape[1],
+            "activations": math.prod(cost.out_shape),
+            "parameters": cost.params,
+            "multiply_adds": cost.macs,
+        }
+        for cost in layer_costs(model)
+    ]
     table = pd.DataFrame(rows)
-    for name in ("parameters", "multiply_adds"):
-        share = 100 * table[name] / table[name].sum()
-        table.insert(list(table).index(name) + 1, f"{name}_share", share)
-    total = f"{table['parameters'].sum():,} parameters, {table['multiply_adds'].sum():,}"
-    return _noted(table, f"In all {total} multiply-adds.")
+    params, macs = table["parameters"], table["multiply_adds"]
+    shares = {"parameters_share": 100 * params / params.sum()}
+    table = table.assign(**shares, multiply_adds_share=100 * macs / macs.sum())
+    return _noted(table, f"In all {params.sum():,} parameters, {macs.sum():,} multiply-adds.")
 
 
 def _kind(layer: nn.Module) -> str:
@@ -465,42 +446,29 @@ def separable_table(model: nn.Module) -> pd.DataFrame:
 
     Returns:
         block (the last two: these blocks, whole network), c_in, c_out, parameters,
-        standard_parameters, times_fewer_parameters, and the same three of multiply_adds. No rows
-        where there is no such block.
+        standard_parameters, multiply_adds, standard_multiply_adds, times_fewer_parameters,
+        times_fewer_multiply_adds. No rows where there is no such block.
     """
-    layers = layer_table(model).set_index("layer")
-    rows = []
-    for name, block in model.named_modules():
-        if isinstance(block, SeparableConv):
-            pair = layers.loc[[f"{name}.dw", f"{name}.pw"]]
-            rows.append(
-                {
-                    "block": name,
-                    "c_in": block.pw.in_channels,
-                    "c_out": block.pw.out_channels,
-                    "parameters": pair["parameters"].sum(),
-                    "standard_parameters": 9 * block.pw.weight.numel(),
-                    "multiply_adds": pair["multiply_adds"].sum(),
-                    "standard_multiply_adds": 9 * pair["multiply_adds"].iloc[1],
-                }
-            )
-    if not rows:
+    blocks = [name for name, module in model.named_modules() if isinstance(module, SeparableConv)]
+    if not blocks:
         note = "This network has no separable block: every convolution is a standard one."
         return _noted(pd.DataFrame(), note)
-    blocks = pd.DataFrame(rows).drop(columns=["block", "c_in", "c_out"]).sum()
-    # A standard block has one BatchNorm, a separable one a second, after its depthwise convolution.
-    second = layers["parameters"][layers.index.str.endswith(".bn_dw")].sum()
+    layers = layer_table(model).set_index("layer")
+    parts = ("dw", "bn_dw", "pw")
+    dw, bn, pw = (layers.loc[[f"{b}.{part}" for b in blocks]].reset_index() for part in parts)
+    table = pd.DataFrame({"block": blocks, "c_in": dw["channels"], "c_out": pw["channels"]})
+    these: dict[str, Any] = {"block": "these blocks"}
     whole: dict[str, Any] = {"block": "whole network"}
-    for name, fewer in (("parameters", second), ("multiply_adds", 0)):
-        whole[name] = layers[name].sum()
-        whole[f"standard_{name}"] = whole[name] - blocks[name] + blocks[f"standard_{name}"] - fewer
-    table = pd.DataFrame([*rows, {"block": "these blocks", **blocks}, whole])
-    for name in ("parameters", "multiply_adds"):
-        ratio, place = (
-            table[f"standard_{name}"] / table[name],
-            list(table).index(f"standard_{name}"),
-        )
-        table.insert(place + 1, f"times_fewer_{name}", ratio)
+    for what in ("parameters", "multiply_adds"):
+        table[what], standard = dw[what] + pw[what], f"standard_{what}"
+        table[standard] = 9 * pw[what]
+        these |= {what: table[what].sum(), standard: table[standard].sum()}
+        # A standard block has one BatchNorm, a separable one a second, after its depthwise half.
+        more = these[standard] - these[what] - bn[what].sum()
+        whole |= {what: layers[what].sum(), standard: layers[what].sum() + more}
+    table = pd.concat([table, pd.DataFrame([these, whole])])
+    for what in ("parameters", "multiply_adds"):
+        table[f"times_fewer_{what}"] = table[f"standard_{what}"] / table[what]
     return _noted(table)
 
 
