@@ -24,19 +24,6 @@ from torch import Tensor, compile, nn
 from torch.func import functional_call
 from torch.nn.grad import conv2d_weight
 
-__all__ = [
-    "CompiledNetwork",
-    "DilatedDepthwise",
-    "Memory",
-    "MixedPrecision",
-    "NormReLU",
-    "StridedDepthwise",
-    "accelerated",
-    "computes_bfloat16",
-    "is_depthwise",
-    "peak_memory",
-]
-
 PROGRAMS = 128  # one for each size of the images, in all runs of a process
 
 

@@ -7,8 +7,6 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["check_choice", "check_flag", "check_number", "check_whole"]
-
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf, other: str = "") -> Any:
     """A real number from `low` to `high`, one of NumPy's as a plain one.

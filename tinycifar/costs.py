@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Field", "LayerCost", "layer_costs", "receptive_field"]
-
 
 @dataclass(frozen=True)
 class LayerCost:

@@ -37,21 +37,6 @@ from tinycifar.checks import check_choice, check_whole
 from tinycifar.paths import absolute
 from tinycifar.shapes import SHAPES, draw_shapes
 
-__all__ = [
-    "CLASSES",
-    "DATASETS",
-    "PROTOCOLS",
-    "Data",
-    "DataError",
-    "DataSplits",
-    "DataUnavailable",
-    "Stats",
-    "channel_stats",
-    "load",
-    "split",
-    "title",
-]
-
 DATASETS = ("auto", "cifar10", "shapes")
 PROTOCOLS = {
     "val": "a tenth of the training set (5,000 of CIFAR-10's 50,000) is held back as validation, "

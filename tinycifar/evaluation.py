@@ -15,8 +15,6 @@ from torch import Tensor, nn
 import augment
 from tinycifar.data import Stats
 
-__all__ = ["accuracy", "eval_mode", "evaluate", "full_precision", "log_probabilities"]
-
 
 def log_probabilities(
     model: nn.Module,

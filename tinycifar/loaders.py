@@ -19,8 +19,6 @@ import augment
 from tinycifar.data import DataSplits
 from tinycifar.recipes import Recipe
 
-__all__ = ["BatchedLoader", "Loader", "PerSampleLoader", "key", "make_loader", "resized"]
-
 
 def make_loader(
     recipe: Recipe, seed: int, splits: DataSplits, device: torch.device, workers: int = 0

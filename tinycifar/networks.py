@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from tiny_cifar10_net import NetCIFAR10_Tiny, check_images, conv_block
 from tinycifar.checks import check_choice
 
-__all__ = ["BlueprintBlock", "BlueprintNet", "make_network"]
-
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 SKIPS = ("none", "same", "all")
 

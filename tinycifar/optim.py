@@ -20,8 +20,6 @@ from torch.optim.lr_scheduler import (
 from tinycifar.acceleration import is_depthwise
 from tinycifar.recipes import Recipe
 
-__all__ = ["dirac", "distillation_loss", "loss", "optimizers", "schedule"]
-
 ADAM_BETAS = (0.9, 0.99)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["CHECKOUT", "RESULTS", "absolute", "shown"]
-
 _PACKAGE = Path(__file__).resolve().parent
 
 #: The root of the checkout that this package runs from; None for an installed copy.

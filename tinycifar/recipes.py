@@ -18,8 +18,6 @@ from tinycifar.checks import check_choice, check_flag, check_number, check_whole
 from tinycifar.data import PROTOCOLS
 from tinycifar.networks import make_network
 
-__all__ = ["RECIPES", "Recipe", "check_protocol", "get_recipe", "in_full"]
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -22,7 +22,7 @@ import platform
 import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,18 +38,6 @@ from tinycifar.recipes import Recipe, in_full
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = [
-    "FILES",
-    "HISTORY_COLUMNS",
-    "PRETRAINED",
-    "RunDirectory",
-    "RunError",
-    "conditions",
-    "find_run",
-    "identity",
-    "write_file",
-]
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
 HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
@@ -75,14 +63,16 @@ def find_run(run: str | os.PathLike[str]) -> Path:
     Args:
         run: the name of a preset (its published run, see PRETRAINED), of a published run (a folder
             of results/, or of one of its studies, "ablation/plateau-val-seed0"), or else the path
-            of any run directory, a relative one as in `paths.absolute`.
+            of any run directory, a relative one as in `paths.absolute`; "./quick" is a path.
 
     Raises:
         FileNotFoundError: there is none; lists what there is.
     """
     name = os.fspath(run)
-    published = [RESULTS / PRETRAINED.get(name, name), RESULTS / "studies" / name]
-    for place in [*([] if ".." in Path(name).parts else published), absolute(name)]:
+    within = name.removeprefix("results/")  # where studies' runs were when some were published
+    published = [RESULTS / PRETRAINED.get(name, name), RESULTS / "studies" / within]
+    is_path = name.startswith(".") or ".." in Path(name).parts
+    for place in [*([] if is_path else published), absolute(name)]:
         if (place / "config.json").is_file():
             return place
     there = {p.parent.name for p in RESULTS.glob("*/config.json")}
@@ -378,16 +368,7 @@ def identity(
 
 
 # What changes the digits, beside the run's identity; on a GPU `device` names it.
-_CONDITIONS = (
-    "threads",
-    "instructions",
-    "device",
-    "torch",
-    "numpy",
-    "libraries",
-    "compile",
-    "git_commit",
-)
+_CONDITIONS = "threads instructions device torch numpy libraries compile git_commit"
 
 
 def conditions(recipe: Recipe, device: torch.device, compile: bool | str) -> dict[str, Any]:
@@ -411,16 +392,12 @@ def conditions(recipe: Recipe, device: torch.device, compile: bool | str) -> dic
 
 def _libraries(recipe: Recipe) -> dict[str, str | None]:
     """Versions of what augments beside torch; None where it was installed under another name."""
-    builds = {
-        "albumentations": ("albumentations", "opencv-python-headless"),
-        "torchvision": ("torchvision",),
-    }
+    of = {"albumentations": ["albumentations", "opencv-python-headless"], "batched": []}
     versions: dict[str, str | None] = {}
-    for name in builds.get(recipe.build, ()):
-        try:
+    for name in of.get(recipe.build, [recipe.build]):
+        versions[name] = None
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return versions
 
 
@@ -428,7 +405,7 @@ def _warn_if_elsewhere(begun: dict[str, Any], now: dict[str, Any]) -> None:
     """A run that goes on under other conditions is still good, but can't be repeated exactly."""
     changed = [
         f"{name} was {begun.get(name)} and is {now[name]}"
-        for name in _CONDITIONS
+        for name in _CONDITIONS.split()
         if begun.get(name, now[name]) != now[name]  # an older run didn't note all of them
     ]
     if changed:

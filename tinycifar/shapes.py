@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SHAPES", "draw_shapes"]
-
 # fmt: off
 SHAPES = (
     "disc", "ring", "crescent", "square", "frame", "triangle", "star", "heart", "cross", "bars",

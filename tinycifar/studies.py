@@ -47,8 +47,6 @@ from tinycifar.recipes import Recipe, check_protocol, get_recipe
 from tinycifar.run_directory import RunDirectory, RunError
 from tinycifar.training import check_seed, require_teacher, settle, train
 
-__all__ = ["Study", "load_study", "train_many"]
-
 KEYS = {"about", "base", "always", "seeds", "variations"}
 JOBS_ON_A_GPU = 8  # a guess, not yet measured: each takes some 1 GB of it, and a core to feed it
 

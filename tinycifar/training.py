@@ -47,18 +47,6 @@ from tinycifar.run_directory import (
 )
 from tinycifar.weights import load_network
 
-__all__ = [
-    "Experiment",
-    "Trainer",
-    "check_seed",
-    "deterministic",
-    "pick_device",
-    "require_teacher",
-    "run_name",
-    "settle",
-    "train",
-]
-
 # Deterministic algorithms of CUDA ask for it, before anything is multiplied on the GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -113,7 +101,6 @@ class Experiment:
 
 def settle(
     recipe: str | Recipe,
-    *,
     seed: int = 0,
     protocol: str = "val",
     dataset: str | Data = "auto",
@@ -249,15 +236,7 @@ def train(
         epoch.
     """
     check_flag("force", force)
-    experiment = settle(
-        recipe,
-        seed=seed,
-        protocol=protocol,
-        dataset=dataset,
-        device=device,
-        workers=workers,
-        compile=compile,
-    )
+    experiment = settle(recipe, seed, protocol, dataset, device, workers, compile)
     run = RunDirectory(absolute(run_dir or f"runs/{experiment.name}"))
     if not force and (metrics := run.kept(experiment.identity)):
         if progress:
@@ -462,8 +441,8 @@ class Trainer:
         images, labels = splits.test
         log_p = log_probabilities(self.evaluated, images, splits.stats)
         log_p_tta = log_probabilities(self.evaluated, images, splits.stats, tta=True)
-        costs = layer_costs(self.evaluated)
-        best, seconds = self.history[self.best_epoch - 1], sum(r["seconds"] for r in self.history)
+        costs, best = layer_costs(self.evaluated), self.history[self.best_epoch - 1]
+        seconds = sum(row["seconds"] for row in self.history)
         return {
             "recipe": experiment.recipe.name,
             "dataset": splits.data.name,
@@ -474,9 +453,7 @@ class Trainer:
             "macs": sum(row.macs for row in costs),
             "epochs_run": len(self.history),
             "best_epoch": self.best_epoch,
-            "train_acc": best["train_acc"],
-            "val_acc": best["val_acc"],
-            "val_loss": best["val_loss"],
+            **{name: best[name] for name in ("train_acc", "val_acc", "val_loss")},
             "test_acc": accuracy(log_p, labels),
             "test_loss": F.nll_loss(log_p, labels).item(),
             "test_acc_tta": accuracy(log_p_tta, labels),

@@ -20,8 +20,6 @@ from tinycifar.evaluation import eval_mode
 from tinycifar.networks import make_network
 from tinycifar.run_directory import RunDirectory, find_run
 
-__all__ = ["load_network", "load_pretrained", "load_weights", "predict"]
-
 SIDE = 32  # of the images that the networks are trained on, in pixels
 
 
@@ -164,7 +162,7 @@ def _open(path: Path) -> Image.Image:
         SyntaxError,
     ) as error:
         raise ValueError(
-            f"{path} can't be read as a image (expected PNG, JPEG or the like): {error}"
+            f"{path} can't be read as an image (expected PNG, JPEG or the like): {error}"
         ) from error
     return image
 
