@@ -1,0 +1,100 @@
+"""evaluation.py: log-probabilities, loss and accuracy, against the network called by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tiny_cifar10_net import NetCIFAR10_Tiny
+from tinycifar.data import channel_stats
+from tinycifar.evaluation import (
+    accuracy,
+    eval_mode,
+    evaluate,
+    full_precision,
+    log_probabilities,
+)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = NetCIFAR10_Tiny(width=0.1)
+    net(torch.randn(8, 3, 16, 16))  # so that its running statistics are its own
+    return net
+
+
+@pytest.fixture(scope="module")
+def stats(tiny):
+    return channel_stats(tiny.train_images)
+
+
+def by_hand(net, images, stats):
+    """float32 (N, classes) of the images and of their mirror images."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (stats.mean, stats.std))
+    x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        return net(x), net(x.flip(3))
+
+
+def test_log_probabilities_are_the_networks_own(net, tiny, stats):
+    net.eval()
+    plain, mirrored = by_hand(net, tiny.test_images, stats)
+    ours = log_probabilities(net, tiny.test_images, stats)
+    assert ours.shape == (40, 10) and ours.dtype == torch.float32 and not ours.is_inference()
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+    both = log_probabilities(net, torch.from_numpy(tiny.test_images), stats, tta=True)
+    torch.testing.assert_close(both.exp(), (plain.exp() + mirrored.exp()) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_loss_and_accuracy_are_of_these_log_probabilities(net, tiny, stats, tta):
+    log_p = log_probabilities(net, tiny.test_images, stats, tta=tta)
+    labels = torch.from_numpy(tiny.test_labels)
+    loss, percent = evaluate(net, tiny.test_images, tiny.test_labels, stats, tta=tta)
+    assert loss == pytest.approx(F.nll_loss(log_p, labels).item())
+    assert percent == pytest.approx(100 * (log_p.argmax(1) == labels).double().mean().item())
+
+
+def test_accuracy_is_in_percent():
+    log_p = torch.eye(4)[:, [0, 1, 2]]  # likeliest: 0, 1, 2, and of zeros the first
+    assert accuracy(log_p, torch.tensor([0, 1, 0, 2])) == 50.0
+
+
+def test_evaluation_leaves_the_mode_and_the_weights(net, tiny, stats):
+    net.train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    log_p = log_probabilities(net, tiny.test_images, stats, batch_size=7)
+    assert net.training
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    torch.testing.assert_close(log_p, log_probabilities(net, tiny.test_images, stats))
+    with pytest.raises(ValueError, match="Expected uint8"):
+        log_probabilities(net, tiny.test_images[..., :1], stats)  # one channel
+    assert net.training
+    with pytest.raises(ValueError, match="no images to evaluate: give one or more"):
+        log_probabilities(net, tiny.test_images[:0], stats)
+
+
+def test_eval_mode_gives_the_mode_back_whatever_happens(net):
+    for training in (True, False):
+        net.train(training)
+        with pytest.raises(KeyError), eval_mode(net):
+            assert not net.training
+            raise KeyError
+        assert net.training is training
+
+
+def test_convolutions_are_float32_whatever_the_caller_set():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    for precision in ("tf32", "ieee", before):
+        conv.fp32_precision = precision
+        with full_precision():
+            assert conv.fp32_precision == "ieee" and torch.backends.cudnn.deterministic
+        assert conv.fp32_precision == precision
+    assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.allow_tf32
+
+
+def test_the_callers_random_stream_is_left_alone(net, tiny, stats):
+    state = torch.get_rng_state()
+    log_probabilities(net, tiny.test_images, stats, tta=True)
+    assert torch.equal(torch.get_rng_state(), state)
