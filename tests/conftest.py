@@ -10,8 +10,26 @@ import matplotlib
 import pytest
 
 from tinycifar import data, training
+from tinycifar.paths import CHECKOUT
 
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _leave_the_users_files_alone():
+    """Tests read published runs, and write only to folders of their own."""
+    before = _users_files()
+    yield
+    changed = sorted({name for name, _ in before.items() ^ _users_files().items()})
+    assert not changed, f"changed while the tests ran, by one of them or by other work: {changed}"
+
+
+def _users_files():
+    """Sizes and times of change."""
+    folders = ("data", "notebooks", "results", "runs", "studies")
+    files = [file for name in folders for file in (CHECKOUT / name).rglob("*")]
+    stats = {str(file.relative_to(CHECKOUT)): file.stat() for file in files if file.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 @pytest.fixture(autouse=True)
