@@ -41,7 +41,7 @@ def trained(tiny, tmp_path_factory):
     """A run that was really trained."""
     folder = tmp_path_factory.mktemp("trained") / "a"
     recipe = get_recipe("baseline", epochs=2, width=0.5)
-    train(recipe, folder, dataset=tiny, progress=False)
+    train(recipe, folder, dataset=tiny, compile=False, progress=False)
     return analysis.load_run(folder)
 
 
@@ -307,6 +307,7 @@ def test_metrics_table(write_run):
     assert table["test_acc"][:2].tolist() == [71.23, 70.0] and math.isnan(table["test_acc"][2])
     assert table["val_acc"].isna().tolist() == [False, True, True] and "minutes" not in table
     assert analysis.metrics_table(runs[0], times=True)["minutes"][0] == 123 / 60
+    assert analysis.runs_table(runs[1:])["val_acc"].isna().all()
     down = {row[""]: row for row in shown(table)}  # a column for each run
     assert down["parameters"]["a"] == "36,170" and down["parameters"]["c"] == "–"
     with pytest.raises(ValueError, match="no run to show"):

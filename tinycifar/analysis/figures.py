@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, ParamSpec
@@ -112,9 +113,8 @@ def plot_class_counts(data: Data) -> Figure:
     axes.margins(x=0.1)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("images")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    axes.set_title(f"Images per class · {data.title}")
+    axes.set(xlabel="images", title=f"Images per class · {data.title}")
     return figure
 
 
@@ -190,8 +190,7 @@ def plot_receptive_field(model: nn.Module) -> Figure:
     axes.text(-0.35, IMAGE_SIDE + 0.7, f"side of an image: {IMAGE_SIDE} px", fontsize=9)
     axes.set_xticks(table.index, table.apply(_field_label, axis=1), fontsize=8, va="top")
     axes.grid(axis="x", visible=False)
-    axes.set_ylim(0, max(IMAGE_SIDE, sides.max()) * 1.12)
-    axes.set_ylabel("receptive field, px")
+    axes.set(ylim=(0, max(IMAGE_SIDE, sides.max()) * 1.12), ylabel="receptive field, px")
     axes.legend(loc="upper left")
     name, side = type(model).__name__, sides.iloc[-1]
     axes.set_title(f"{name}: one position of the last layer sees {side} x {side} px")
@@ -295,8 +294,7 @@ def plot_confusion(predictions: Predictions) -> Figure:
     axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.grid(False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set(xlabel="predicted", ylabel="true")
     figure.colorbar(image, label="mistakes, share of the true class, %", shrink=0.8)
     figure.suptitle(_wrapped(f"Confusion matrix · {predictions.title}", figure))
     return figure
@@ -307,22 +305,21 @@ def plot_per_class(predictions: Predictions) -> Figure:
     """Accuracy class by class, best first, with its 95 % interval, beside the whole."""
     classes = predictions.classes
     counts = measures.confusion_matrix(predictions.labels, predictions.predicted, len(classes))
-    accuracy = 100 * counts.diagonal() / np.maximum(counts.sum(axis=1), 1)
-    overall = 100 * counts.trace() / counts.sum()
-    order = np.argsort(-accuracy, kind="stable")
+    n, overall = np.maximum(counts.sum(axis=1), 1), 100 * counts.trace() / counts.sum()
+    rates = pd.Series(counts.diagonal() / n, index=list(classes))
+    interval = 1.96 * np.sqrt(rates * (1 - rates) / n)
+    rates = rates.sort_values(ascending=False, kind="stable")
     figure, axes = plt.subplots(figsize=(8, 3.8))
-    rates, n = accuracy / 100, np.maximum(counts.sum(axis=1), 1)
-    interval = 196 * np.sqrt(rates * (1 - rates) / n)
-    look = {"xerr": interval[order], "ecolor": BLACK, "capsize": 2, "color": BLUE}
-    axes.barh(range(len(classes)), accuracy[order], height=0.7, **look)
+    look = {"xerr": 100 * interval[rates.index], "ecolor": BLACK, "capsize": 2, "color": BLUE}
+    bars = axes.barh(rates.index, 100 * rates, height=0.7, **look)
+    axes.bar_label(
+        bars, [f"{100 * rate:.1f}" for rate in rates], label_type="center", color="white"
+    )
     axes.axvline(overall, color=ORANGE, linestyle="--")
-    for row, value in enumerate(accuracy[order]):
-        axes.text(1.5, row, f"{value:.1f}", color="white", va="center", fontsize=9)
-    axes.set_yticks(range(len(classes)), [classes[i] for i in order])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 108)
-    axes.set_xlabel(f"accuracy, % (dashed: all classes, {overall:.2f} %; whiskers: 95 % interval)")
+    label = f"accuracy, % (dashed: all classes, {overall:.2f} %; whiskers: 95 % interval)"
+    axes.set(xlim=(0, 108), xlabel=label)
     figure.suptitle(_wrapped(f"Accuracy by class · {predictions.title}", figure))
     return figure
 
@@ -336,7 +333,7 @@ def plot_mistakes(predictions: Predictions, n: int = 16) -> Figure:
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:n]
     columns = min(8, max(4, len(worst)))
-    rows = max(1, -(-len(worst) // columns))
+    rows = max(1, math.ceil(len(worst) / columns))
     figure, all_axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.85 * rows + 0.6))
     for axes in all_axes.flat:
         axes.axis("off")
@@ -403,9 +400,8 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
     _draw_field(left, field, theoretical, margin)
     _draw_shares(right, field, theoretical)
-    over = f"{counted(len(images), 'image')}, continued by reflection"
-    what = f"Effective receptive field over {over}"
-    figure.suptitle(_wrapped(f"{what} · {title}", figure))
+    what = f"Effective receptive field over {counted(len(images), 'image')}"
+    figure.suptitle(_wrapped(f"{what}, continued by reflection · {title}", figure))
     return figure
 
 
@@ -457,7 +453,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     """
     check_choice("cost", cost, ("parameters", "multiply_adds"))
     runs, networks = as_list(runs), published_networks()
-    comparable = [run for run in runs if _is_comparable(run)]
+    comparable = [run for run in runs if run.metrics and run.data_title == "CIFAR-10"]
     reference, others = networks.iloc[0], networks.iloc[1:].dropna(subset=cost)
     figure, axes = plt.subplots(figsize=(10, 5.6))
     points = [_Point(row[cost], row["accuracy"], row["network"]) for _, row in others.iterrows()]
@@ -469,15 +465,8 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     for _, row in runs_table(comparable).iterrows() if comparable else ():
         spread = row["test_acc_std"] if row["n"] > 2 else None
         kind = f"{row['recipe']} · {protocol_title(row['protocol'])}"
-        axes.errorbar(
-            row[cost],
-            row["test_acc"],
-            spread,
-            fmt="D",
-            markersize=7,
-            capsize=4,
-            color=colours[kind, row["data"]],
-        )
+        look = {"color": colours[kind, row["data"]], "markersize": 7, "capsize": 4}
+        axes.errorbar(row[cost], row["test_acc"], spread, fmt="D", **look)
         label = f"{kind}: {mean_std(row, 'test_acc')}, n = {row['n']}"
         points.append(_Point(row[cost], row["test_acc"], label, BLACK))
     name = f"the reference, as published: {reference['accuracy']:.2f}, epoch chosen on test"
@@ -496,11 +485,6 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     figure.supxlabel(notes, fontsize=9, color="#444444")
     _label_points(figure, axes, points[::-1])  # this network first: it gets the best places
     return figure
-
-
-def _is_comparable(run: Run) -> bool:
-    whole = run.config["dataset"] == "cifar10" and run.config.get("limit") is None
-    return whole and run.metrics is not None
 
 
 # --------------------------------------------------------------------------------- parts of figures
@@ -595,10 +579,9 @@ def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict[Kind, Col
     first, titles = runs[0], dict.fromkeys(run.data_title for run in runs)
     title = first.title if len(runs) == 1 else f"{len(runs)} runs · {' and '.join(titles)}"
     if len(colours) == 1:
-        muon = f", Muon's {first.recipe['muon_lr']:g}" * first.recipe["optimizer"].startswith(
-            "muon"
-        )
-        title += f" · highest learning rate {first.recipe['lr']:g}{muon}"
+        title += f" · highest learning rate {first.recipe['lr']:g}"
+        if first.recipe["optimizer"].startswith("muon"):
+            title += f", Muon's {first.recipe['muon_lr']:g}"
     figure.suptitle(_wrapped(title, figure))
     entries: dict[str, dict[str, Any]] = {}
     if len(runs) > 1:
@@ -614,7 +597,7 @@ def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict[Kind, Col
         entries["training images grow"] = {"color": GREY, "linestyle": ":"}
     handles = [Line2D([], [], label=label, **look) for label, look in entries.items()]
     columns = len(entries) if len(runs) == 1 else 2 if max(map(len, entries)) < 72 else 1
-    figure.set_figheight(figure.get_figheight() + 0.21 * -(-len(entries) // columns))
+    figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(entries) / columns))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
@@ -657,12 +640,7 @@ def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
     for side in dict.fromkeys((half, most, theoretical)):
         share = measures.share_within(field, int(side))
         axes.plot(side, share, "o", color=BLUE, markersize=6)
-        place: dict[str, Any] = {
-            "xytext": (6, -5),
-            "textcoords": "offset points",
-            "ha": "left",
-            "va": "top",
-        }
+        place: dict[str, Any] = {"xytext": (6, -5), "textcoords": "offset points", "va": "top"}
         place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
         axes.annotate(f"{share:.1f} %\nwithin {side} px", (side, share), fontsize=9, **place)
     axes.set(xlim=(0, len(field)), ylim=(0, 105))
@@ -688,9 +666,8 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
     look: dict[str, Any] = {"fontsize": 9, "textcoords": "offset points"}
     for point in points:
         for place in _PLACES:
-            note = axes.annotate(
-                point.name, (point.x, point.y), color=point.colour, **look, **place
-            )
+            how = {"color": point.colour, **look, **place}
+            note = axes.annotate(point.name, (point.x, point.y), **how)
             note.get_window_extent()  # puts the text in its place
             box = Text.get_window_extent(note)  # the text's, without a line to the point
             inside = frame.x0 < box.x0 and box.x1 < frame.x1

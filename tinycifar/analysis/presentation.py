@@ -126,9 +126,10 @@ def presented(frame: pd.DataFrame) -> pd.DataFrame:
 def mean_std(row: Mapping[str, Any] | pd.Series, name: str, form: str = "{:.2f}") -> str:
     """Mean ± sample standard deviation; of two values both, of one nothing else."""
     mean, std, low, high = (row[f"{name}{suffix}"] for suffix in ("", *SUFFIXES))
-    if row["n"] > 2:
+    n = row.get("n", 3)
+    if n > 2:
         return f"{form.format(mean)} ± {form.replace('+', '').format(std)}"
-    both = f" ({form.format(low)}, {form.format(high)})" if row["n"] == 2 else ""
+    both = f" ({form.format(low)}, {form.format(high)})" if n == 2 else ""
     return form.format(mean) + both
 
 

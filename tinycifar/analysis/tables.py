@@ -96,7 +96,7 @@ def metrics_table(runs: Run | Iterable[Run], times: bool = False) -> pd.DataFram
     runs = as_list(runs)
     if not runs:
         raise ValueError("there is no run to show: pass one or more, as load_run gives them")
-    table = pd.DataFrame([_metrics(run) for run in runs])
+    table = pd.DataFrame([_metrics(run) for run in runs]).astype(dict.fromkeys(_MEASURED, float))
     for name in ("val_acc", "val_loss"):  # those of test-selected were measured on test
         table[name] = table[name].where(table["selects_on"] == "validation")
     if not times:
@@ -105,27 +105,27 @@ def metrics_table(runs: Run | Iterable[Run], times: bool = False) -> pd.DataFram
     return table
 
 
-_NUMBERS = ("best_epoch", "train_acc", "val_acc", "val_loss", "test_acc", "test_loss")
+_MEASURED = ("train_acc", "val_acc", "val_loss", "test_acc", "test_loss", "test_acc_tta")
 _WHERE = ("images_per_second", "device", "torch", "git_commit")
 
 
 def _metrics(run: Run) -> dict[str, Any]:
-    metrics, split = run.metrics or {}, run.config.get("split", {})
+    metrics, split, nan = run.metrics or {}, run.config.get("split", {}), np.nan
     return {
         "run": run.name,
         "recipe": run.recipe["name"],
         "data": run.data_title,
         "protocol": run.protocol,
         "seed": run.config["seed"],
-        **{f"{part}_images": split.get(part) for part in ("train", "selection", "test")},
-        "parameters": metrics.get("params"),
-        "multiply_adds": metrics.get("macs"),
+        **{f"{part}_images": split.get(part, nan) for part in ("train", "selection", "test")},
+        "parameters": metrics.get("params", nan),
+        "multiply_adds": metrics.get("macs", nan),
         "epochs": run.epochs,
         "epochs_planned": run.recipe["epochs"],
         "selects_on": run.selects_on,
-        # NaN, so that a column is one of numbers though none of the runs has it.
-        **{name: metrics.get(name, np.nan) for name in (*_NUMBERS, "test_acc_tta")},
-        "minutes": metrics.get("seconds_train", np.nan) / 60,
+        "best_epoch": metrics.get("best_epoch", nan),
+        **{name: metrics.get(name) for name in _MEASURED},
+        "minutes": metrics.get("seconds_train", nan) / 60,
         **{name: metrics.get(name) for name in _WHERE},
     }
 
