@@ -523,7 +523,9 @@ def test_a_table_in_a_notebook_is_the_same_however_often_it_is_made(a_study):
 def test_nothing_in_a_table_is_taken_for_markup(write_run):
     table = analysis.runs_table([write_run(recipe="a|<b>")])
     assert "a\\|<b>" in analysis.markdown(table)
-    assert "a|&lt;b&gt;" in analysis.styled(table).to_html()
+    for frame in (table, analysis.metrics_table(write_run("<b>"))):
+        assert "&lt;b&gt;" in analysis.styled(frame).to_html()
+        assert "<b>" not in analysis.styled(frame).to_html()
 
 
 # ----------------------------------------------------------------------------------- of networks

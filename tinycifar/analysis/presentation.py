@@ -15,6 +15,7 @@ A frame of numbers goes by the names of its columns:
 from __future__ import annotations
 
 import hashlib
+import html
 import inspect
 import re
 import textwrap
@@ -102,8 +103,8 @@ def styled(frame: pd.DataFrame) -> Styler:
         *({"selector": place, "props": "text-align: left"} for place in left),
         *({"selector": place, "props": "font-weight: bold"} for place in bold),
     ]
-    table.format(escape="html").hide(axis="index").set_table_styles(styles)
-    return table.set_caption(frame.attrs.get("note", ""))
+    table.format(escape="html").format_index(escape="html", axis=1).hide(axis="index")
+    return table.set_table_styles(styles).set_caption(html.escape(frame.attrs.get("note", "")))
 
 
 def show_source(thing: Callable[..., Any] | type) -> None:
