@@ -52,7 +52,7 @@ def test_help_needs_no_torch():
     [
         (["trian"], 2, "error: No such command 'trian'. Did you mean 'train'?"),
         (["train", "--sed", "1"], 2, "error: No such option: --sed"),
-        (["predict"], 2, "error: Missing argument"),
+        (["predict"], 1, "error: name an image, e.g. make predict IMAGE=cat.jpg"),
         (["train", "--seed", "one"], 1, "error: seed must be a whole number from 0"),
         (["train", "-p", "epoch", "3"], 1, "error: unknown recipe field 'epoch'; valid: name"),
         (["train", "-p", "recipe", "quick"], 1, "error: give the recipe as --recipe"),

@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,19 +40,11 @@ def _argument(name: str, help: str) -> Any:
 
 def literal(text: Any) -> Any:
     """What a parameter's text means: a value of Python or JSON; else the text itself."""
-    if not isinstance(text, str):
-        return text
     named = {"true": True, "false": False, "null": None}  # not "none", which is a policy
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        pass
-    try:
-        return json.loads(text) if text.lstrip()[:1] in ("{", "[") else text
-    except ValueError:
-        return text
+    for read in (lambda text: named[text.lower()], ast.literal_eval, json.loads):
+        with suppress(KeyError, ValueError, SyntaxError, TypeError):
+            return read(str(text))
+    return text
 
 
 RecipeName = Annotated[str, _option("RECIPE", "quick, tuned, sprint or baseline")]
@@ -61,9 +54,7 @@ Seed = Annotated[int, _option("SEED", "any whole number", parser=literal, metava
 Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda or mps")]
 RunDir = Annotated[str, _option("RUN", "the run directory  [runs/RECIPE-PROTOCOL-seedSEED]")]
 Force = Annotated[bool, _option("FORCE", "train again what is finished")]
-Parameters = Annotated[
-    list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="repeatable")
-]
+Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="repeatable")]
 
 
 @app.command()
@@ -76,7 +67,7 @@ def notebook(
     device: Device = "auto",
     run: RunDir = "",
     force: Force = False,
-    parameters: Parameters = None,
+    parameters: Pairs = None,
 ) -> None:
     """Run notebooks headless into one run directory.
 
@@ -84,14 +75,8 @@ def notebook(
     """
     from tinycifar.notebooks import ALL, run_notebooks
 
-    settings = {
-        "recipe": recipe,
-        "protocol": protocol,
-        "dataset": dataset,
-        "seed": seed,
-        "device": device,
-        "force": force,
-    }
+    settings: dict[str, Any] = {"recipe": recipe, "protocol": protocol, "dataset": dataset}
+    settings |= {"seed": seed, "device": device, "force": force}
     run_notebooks(names or ALL, run or None, settings, _values(parameters))
 
 
@@ -106,7 +91,7 @@ def train(
     workers: Annotated[int, _option("WORKERS", "loader processes")] = 0,
     run: RunDir = "",
     force: Force = False,
-    changes: Parameters = None,
+    changes: Pairs = None,
 ) -> None:
     """Train a network, without a notebook. -p changes a field of the recipe."""
     from tinycifar import data, notebooks, recipes, training
@@ -175,11 +160,13 @@ def _print_table(study: Study, folder: Any) -> None:
 
 @app.command()
 def predict(
-    image: Annotated[str, _argument("IMAGE", "path of an image, any size")],
+    image: Annotated[str, _argument("IMAGE", "path of an image, any size")] = "",
     run: Annotated[str, _option("RUN", "a preset, a published run or a run directory")] = "tuned",
     top: Annotated[int, _option("TOP", "how many classes")] = 5,
 ) -> None:
     """Classify an image with trained weights."""
+    if not image:
+        raise ValueError("name an image, e.g. make predict IMAGE=cat.jpg")
     from tinycifar import weights
 
     for name, probability in weights.predict(image, weights.load_pretrained(run), top):
@@ -237,8 +224,7 @@ def _arguments(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Carry out a command line; what goes wrong ends it with one line."""
     command = typer.main.get_command(app)
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it the way Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it the way Ctrl-C does
     try:
         arguments = _arguments(sys.argv[1:] if argv is None else argv)
         with command.make_context("python -m tinycifar", arguments or ["--help"]) as context:
@@ -246,16 +232,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except typer.Exit as end:  # of --help
         sys.exit(end.exit_code)
     except typer.TyperException as error:
-        _end(f"error: {error.format_message()}", error.exit_code)
+        _end(f"error: {error.format_message()}", error, error.exit_code)
     except KeyboardInterrupt as error:
-        said = ["interrupted: the same command goes on from the last finished epoch"]
-        _end("; ".join(said + getattr(error, "__notes__", [])), 130)
+        _end("interrupted: the same command goes on from the last finished epoch", error, 130)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        _end("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), 1)
+        _end(f"error: {error}", error, 1)
 
 
-def _end(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+def _end(message: str, error: BaseException, code: int) -> None:
+    print("; ".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr)
     sys.exit(code)
 
 

@@ -31,14 +31,8 @@ TOUR = "tuning_CNN_CIFAR10"
 LONGEST = 15  # lines that a cell may print on the terminal; more is a table, for the notebook
 
 # Parameters that have an option of their own on the command line.
-SETTINGS = {
-    "recipe": "quick",
-    "protocol": "val",
-    "dataset": "auto",
-    "seed": 0,
-    "device": "auto",
-    "force": False,
-}
+SETTINGS: dict[str, Any] = {"recipe": "quick", "protocol": "val", "dataset": "auto", "seed": 0}
+SETTINGS |= {"device": "auto", "force": False}
 
 Parameters = dict[str, Any]
 
@@ -129,8 +123,9 @@ def _settle(
 ) -> tuple[Path, dict[str, Parameters]]:
     """The run directory, and the parameters of each notebook; both checked."""
     from tinycifar.checks import check_choice
-    from tinycifar.data import DATASETS
+    from tinycifar.data import DATASETS, SIZES
     from tinycifar.recipes import Recipe, check_protocol, get_recipe
+    from tinycifar.run_directory import RunDirectory
     from tinycifar.training import check_seed, pick_device, run_name
 
     # What has an option of its own may be given as a parameter as well.
@@ -159,7 +154,15 @@ def _settle(
     pick_device(settings["device"])
     check_choice("dataset", settings["dataset"], DATASETS)
     name = run_name(recipe, settings["protocol"], settings["seed"])
-    folder = _folder(declared, run_dir, name, recipe, settings, extra.get("limit"))
+    trains = any("force" in names for names in declared.values())
+    folder = _folder(list(declared), trains, run_dir and str(run_dir), name)
+    if trains and not settings["force"]:
+        meant = {"recipe": asdict(recipe), **{k: settings[k] for k in ("seed", "protocol")}}
+        if extra.get("limit") not in SIZES.values():  # which may be no limit at all
+            meant["limit"] = extra.get("limit")
+        if settings["dataset"] != "auto":
+            meant["dataset"] = settings["dataset"]
+        RunDirectory(folder).kept(meant)  # refuses another
     given = {**settings, **extra, "run_dir": str(shown(folder))}
     given |= {"changes": changes} if changes else {}
     return folder, {
@@ -168,37 +171,16 @@ def _settle(
     }
 
 
-def _folder(
-    declared: dict[str, set[str]],
-    run_dir: str | Path | None,
-    name: str,
-    recipe: Any,
-    settings: Parameters,
-    limit: int | None,
-) -> Path:
+def _folder(names: list[str], trains: bool, given: str | None, default: str) -> Path:
     """The run directory: of a run that is there, or where one may be trained."""
-    from tinycifar.data import SIZES
-    from tinycifar.run_directory import RunDirectory, find_run
+    from tinycifar.run_directory import find_run
 
-    run_dir = None if run_dir is None else str(run_dir)  # a number, as -p run_dir 2024 reads it
-    trains = any("force" in names for names in declared.values())
-    if run_dir and "analysis" in declared and not trains:
-        return find_run(run_dir)
-    default = "tour" if list(declared) == [TOUR] else name
-    folder = new_run(run_dir or f"runs/{default}")
-    if "analysis" in declared and not trains and not (folder / "config.json").is_file():
+    reads = "analysis" in names and not trains
+    if given and reads:
+        return find_run(given)
+    folder = new_run(given or f"runs/{'tour' if names == [TOUR] else default}")
+    if reads and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no run in {folder}: train it first, or name another RUN")
-    if trains and not settings["force"]:
-        meant = {
-            "recipe": asdict(recipe),
-            "seed": settings["seed"],
-            "protocol": settings["protocol"],
-        }
-        if limit not in SIZES.values():  # which may be no limit at all
-            meant["limit"] = limit
-        if settings["dataset"] != "auto":
-            meant["dataset"] = settings["dataset"]
-        RunDirectory(folder).kept(meant)  # refuses another
     return folder
 
 
@@ -241,10 +223,8 @@ def _kernel_manager() -> type:
         @property
         def kernel_spec(self) -> KernelSpec:
             # Progress bars would be saved as hundreds of lines; figures go into the notebook.
-            environment = {
-                "TQDM_DISABLE": "1",
-                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-            }
+            inline = "module://matplotlib_inline.backend_inline"
+            environment = {"TQDM_DISABLE": "1", "MPLBACKEND": inline}
             return KernelSpec(**get_kernel_dict(), env=environment)
 
     return ThisPython
