@@ -238,7 +238,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             with pytest.raises(OSError, match=r"can't write .*file: No space left on device"):
                 write_file(file, b"three")
         assert file.read_bytes() == b"two" and os.listdir(tmp_path) == ["file"]
-    with pytest.raises(OSError, match="can't write .*absent"):
+    with pytest.raises(OSError, match=r"can't write .*absent"):
         write_file(tmp_path / "absent" / "file", b"one")
 
 

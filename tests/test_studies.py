@@ -1,16 +1,28 @@
-"""Studies: files that say what to train, and the tables and figures of what came of them."""
+"""studies.py: files that say what to train, and many runs at once, each as `train` makes it."""
 
+import json
+import os
 import subprocess
+import sys
+import time
 
 import pytest
+import torch
 import yaml
+from helpers import SMALL
 
-from tinycifar import studies
+import augment
+from tinycifar import data, studies
+from tinycifar.paths import CHECKOUT, absolute
 from tinycifar.recipes import RECIPES, get_recipe
-from tinycifar.studies import ROOT, load_study
-from tiny_cifar10_net import run_path
+from tinycifar.run_directory import RunDirectory, RunError, find_run
+from tinycifar.studies import load_study, train_many
+from tinycifar.training import settle, train
 
-SMALL = {
+ONE_EPOCH = get_recipe(SMALL, name="one", epochs=1)
+DAMAGED = get_recipe(ONE_EPOCH, name="damaged")
+
+STUDY = {
     "about": "Is a higher rate better?",
     "base": "quick",
     "always": {"epochs": 1, "start_side": 32},
@@ -22,7 +34,7 @@ SMALL = {
 @pytest.fixture
 def write(tmp_path):
     def write(**changes):
-        content = {k: v for k, v in {**SMALL, **changes}.items() if v is not None}
+        content = {k: v for k, v in {**STUDY, **changes}.items() if v is not None}
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
         return tmp_path / "small.yaml"
 
@@ -38,6 +50,8 @@ def test_a_study_is_recipes_and_seeds(write):
         get_recipe(base, name="no_dilation", dilated=False),
     )
     assert (study.name, study.seeds) == ("small", (0, 1))
+    assert study.about == "Is a higher rate better?"
+    assert study.folder == absolute("runs/small")
 
 
 def test_null_is_a_change_as_well(write):
@@ -47,11 +61,14 @@ def test_null_is_a_change_as_well(write):
     assert [r.ema for r in study.recipes] == [0.9, None]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+FILES = sorted((CHECKOUT / "studies").glob("*.yaml")) if CHECKOUT else []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.stem)
 def test_the_studies_here_can_be_run(file):
-    study = load_study(file.relative_to(ROOT))
+    study = load_study(file.relative_to(CHECKOUT))
     for teacher in {recipe.teacher for recipe in study.recipes} - {None}:
-        assert (run_path(teacher) / "metrics.json").is_file(), teacher
+        assert (find_run(teacher) / "metrics.json").is_file(), teacher
 
 
 def test_numbers_are_numbers(write):
@@ -103,40 +120,121 @@ def test_a_study_may_say_things_once(write):
     assert [(r.lr, r.epochs) for r in load_study(file).recipes[1:]] == [(0.1, 3), (0.2, 3)]
 
 
-def test_a_study_is_swept_into_a_table_and_kept(write, tmp_path, monkeypatch, capsys, tiny):
-    study = write(seeds=[0], variations={"lr 0.1": {"lr": 0.1}})
-    train_many = studies.train_many
-    monkeypatch.setattr(sweep, "train_many", lambda **a: train_many(**a | {"dataset": tiny}))
-    command = ["--study", str(study), "--folder", str(tmp_path / "out")]
-    studies.main(command)
+# -------------------------------------------------------------------------------- many at once
+
+
+def test_runs_are_what_train_makes_and_finished_ones_are_kept(tiny, tmp_path, capsys):
+    settings = {"dataset": tiny, "device": "cpu", "folder": tmp_path}
+    with pytest.MonkeyPatch.context() as patch:  # policies of one's own reach the processes too
+        patch.setitem(augment.POLICIES, "mine", augment.Policy(flip=1.0))
+        mine = get_recipe(ONE_EPOCH, policy="mine", name="mine")
+        many = train_many([ONE_EPOCH, mine], seeds=[3], jobs=1, **settings)
+    config = RunDirectory(tmp_path / "mine-val-seed3").config()
+    assert config["policies"]["mine"]["flip"] == 1.0
+    assert [(m["recipe"], m["seed"]) for m in many] == [("one", 3), ("mine", 3)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine-val-seed3", "one-val-seed3"]
     printed = capsys.readouterr().out
-    assert "Is a higher rate better?" in printed and "| lr 0.1 | `lr=0.1` | n = 1 |" in printed
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"base-val-seed0", "lr_0.1-val-seed0"}
-    studies.main(command)
-    assert capsys.readouterr().out.count("kept") == 2
+    assert printed.count("on shapes (stand-in, NOT CIFAR-10), 200 training images") == 2
+
+    alone = train(ONE_EPOCH, tmp_path / "alone", seed=3, dataset=tiny, progress=False)
+    assert alone["test_loss"] == many[0]["test_loss"]
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
+    assert train_many([ONE_EPOCH], seeds=[3], **settings) == many[:1]
+    assert "one-val-seed3  kept: validation" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")} == before
+
+    other = data.load("shapes", limit=210)
+    with pytest.raises(RunError, match=r"differs: .*limit is 200 there and 210 now"):
+        train_many([ONE_EPOCH], seeds=[3], **settings | {"dataset": other})
 
 
-def test_a_failed_variation_leaves_the_table_of_the_others(
-    write, tmp_path, monkeypatch, capsys, tiny
-):
-    study = write(
-        seeds=[0],
-        variations={"lr 0.1": {"lr": 0.1}, "too high": {"lr": 99, "schedule": "constant"}},
-    )
-    train_many = studies.train_many
-    monkeypatch.setattr(sweep, "train_many", lambda **a: train_many(**a | {"dataset": tiny}))
-    with pytest.raises(SystemExit, match="1 of 3 runs failed"):
-        studies.main(["--study", str(study), "--folder", str(tmp_path / "out")])
-    assert "| lr 0.1 | `lr=0.1` | n = 1 |" in capsys.readouterr().out
+def test_a_failure_stops_no_other_run(tiny, tmp_path):
+    damaged, config = tmp_path / "damaged-val-seed0", settle(DAMAGED, dataset=tiny).config
+    damaged.mkdir()
+    (damaged / "config.json").write_text(json.dumps(config))
+    (damaged / "last.pt").write_bytes(b"half a checkpoint")
+    with pytest.raises(RunError, match=r"1 of 2 runs failed.*damaged-val-seed0: .*last\.pt is dam"):
+        train_many([DAMAGED, ONE_EPOCH], dataset=tiny, folder=tmp_path, jobs=1, progress=False)
+    assert json.loads((tmp_path / "one-val-seed0" / "metrics.json").read_text())["seed"] == 0
 
 
-def test_make_refuses_settings_that_a_study_has_itself():
-    command = ["make", "-n", "sweep", "STUDY=studies/architecture.yaml", "SEEDS=1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode and "leave out SEEDS" in result.stderr
+def die(*_, **__):
+    os._exit(9)  # as the kernel ends a process where memory runs out
 
 
-def test_a_study_and_recipes_exclude_each_other(write):
-    for more in (["quick"], ["--seeds", "1"], ["--protocol", "val"]):
-        with pytest.raises(SystemExit, match="leave these out"):
-            studies.main([*more, "--study", str(write())])
+def test_a_killed_process_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "train", die)
+    with pytest.raises(RunError, match=r"a training process was killed.*fewer JOBS"):
+        train_many([ONE_EPOCH], dataset=tiny, folder=tmp_path, progress=False)
+
+
+A_SWEEP = """
+import sys
+from tinycifar.studies import train_many
+train_many(["baseline"], dataset="shapes", folder=sys.argv[1], jobs=1)
+"""
+
+
+def test_a_killed_sweep_leaves_nothing_training(tmp_path):
+    """Its processes would hold their runs' locks, and the cores."""
+    sweep = subprocess.Popen([sys.executable, "-c", A_SWEEP, str(tmp_path)])
+    run_dir = tmp_path / "baseline-val-seed0"
+    wait_until((run_dir / "config.json").is_file, 240)
+    assert locked(run_dir)
+    sweep.kill()
+    sweep.wait()
+    wait_until(lambda: not locked(run_dir), 30)
+
+
+def wait_until(happened, seconds):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def locked(run_dir):
+    fcntl = pytest.importorskip("fcntl")
+    with open(run_dir / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"recipes": []}, "nothing to train"),
+        ({"recipes": ["slow"]}, "unknown recipe"),
+        ({"seeds": [1, 1]}, "only once"),
+        ({"seeds": [-1]}, "seed must be"),
+        ({"jobs": 0}, "jobs must be"),
+        ({"protocol": "train"}, "unknown protocol"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(tiny, tmp_path, arguments, says):
+    arguments = {"recipes": [ONE_EPOCH], "folder": tmp_path, "dataset": tiny} | arguments
+    with pytest.raises(ValueError, match=says):
+        train_many(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cores_are_shared_out(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert studies._share_out(100, cpu, None) == (16, 1)
+    assert studies._share_out(3, cpu, None) == (3, 5)
+    assert studies._share_out(100, cpu, 4) == (4, 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as OMP_NUM_THREADS=1 has it
+    for cores, shared in ((16, (8, 2)), (2, (2, 1))):
+        monkeypatch.setattr(studies, "_cores", lambda cores=cores: cores)
+        assert studies._share_out(100, gpu, None) == shared
+
+
+def test_an_unknown_data_set_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(data.DataError, match="is unknown"):
+        train_many([ONE_EPOCH], dataset="nope", folder=tmp_path)
+    assert not list(tmp_path.iterdir())

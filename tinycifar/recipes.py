@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import torch
+
 import augment
 from tinycifar.checks import check_choice, check_flag, check_number, check_whole
 from tinycifar.data import PROTOCOLS
@@ -91,7 +93,8 @@ class Recipe:
                 f"{self.build!r} and policy {self.policy!r}"
             )
         if self.network != "tiny":
-            make_network(10, self.model_options)  # raises if it can't be built
+            with torch.device("meta"):  # where no random numbers are drawn
+                make_network(10, self.model_options)  # raises if it can't be built
         if not isinstance(self.teacher, str | None):
             raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
         if not isinstance(self.name, str) or "/" in self.name or "\\" in self.name:

@@ -412,7 +412,7 @@ def _warn_if_elsewhere(begun: dict[str, Any], now: dict[str, Any]) -> None:
         warnings.warn(
             f"this run was begun under other conditions ({'; '.join(changed)}): it goes on, and "
             "may end with other digits than it would have",
-            stacklevel=6,
+            stacklevel=5,  # the line that called train
         )
 
 
