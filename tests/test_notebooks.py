@@ -72,7 +72,7 @@ def repeated(executed):
 
 def nbval(notebook):
     command = [sys.executable, "-m", "pytest", "--nbval", "-q", "-p", "no:cacheprovider"]
-    limits = ["--nbval-cell-timeout=300", "--nbval-kernel-name=python3", "-x"]
+    limits = ["--nbval-cell-timeout=300", "--nbval-current-env", "-x"]
     run = partial(subprocess.run, capture_output=True, text=True, cwd=notebook.parent)
     result = run([*command, *limits, notebook])
     return run([*command, *limits, notebook]) if NO_PORT in result.stdout else result

@@ -155,7 +155,7 @@ def _settle(
     check_choice("dataset", settings["dataset"], DATASETS)
     name = run_name(recipe, settings["protocol"], settings["seed"])
     trains = any("force" in names for names in declared.values())
-    folder = _folder(list(declared), trains, run_dir and str(run_dir), name)
+    folder = _folder(list(declared), trains, str(run_dir) if run_dir else None, name)
     if trains and not settings["force"]:
         meant = {"recipe": asdict(recipe), **{k: settings[k] for k in ("seed", "protocol")}}
         if extra.get("limit") not in SIZES.values():  # which may be no limit at all
