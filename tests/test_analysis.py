@@ -501,6 +501,8 @@ def test_recipes_side_by_side():
     whole = analysis.recipes_table([RECIPES["baseline"], RECIPES["tuned"]], all_fields=True)
     assert not whole.set_index("field")["differs"]["momentum"]
     assert {"**lr**", "momentum"} < {row[""] for row in shown(whole)}
+    odd = analysis.recipes_table([RECIPES["tuned"], Recipe("a_lr")])  # called like a column
+    assert {row["a_lr"] for row in shown(odd)} >= {"sgd", "0.045", "–"}
     with pytest.raises(ValueError, match="two recipes are called 'tuned'"):
         analysis.recipes_table([RECIPES["tuned"], Recipe("tuned")])
 

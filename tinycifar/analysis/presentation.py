@@ -116,7 +116,8 @@ def show_source(thing: Callable[..., Any] | type) -> None:
 
 def presented(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame as it is read: text throughout, headings instead of names."""
-    cells = {_heading(name): _cells(frame, name) for name in _shown(frame)}
+    named = "field" in frame  # recipes_table: the other columns are called by whoever trained
+    cells = {n if named and n != "field" else _heading(n): _cells(frame, n) for n in _shown(frame)}
     table = pd.DataFrame(cells, index=frame.index, dtype="str")
     if not frame.attrs.get("vertical"):
         return table.reset_index(drop=True)
@@ -163,7 +164,7 @@ def _cells(frame: pd.DataFrame, name: str) -> list[str]:
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    form = _format(name)
+    form = "" if "field" in row else _format(name)
     if row.get("n") == 0 and name in ("n", "epochs"):  # an unfinished run
         unfinished = f"unfinished: {row['epochs_min']} of {row['epochs_planned']}"
         return f"seed {row['seeds']}" if name == "n" else unfinished
