@@ -32,8 +32,6 @@ from tinycifar.paths import CHECKOUT, RESULTS, shown
 from tinycifar.recipes import RECIPES
 from tinycifar.weights import load_pretrained
 
-__all__ = ["contents", "filled", "pages", "rebuild", "speed_table", "verify", "verify_runs"]
-
 _ROOT = CHECKOUT or Path()
 _TABLE = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 _VALUE = re.compile(r"(<!--v (.+?)-->)[^<]*(<!--/v-->)")

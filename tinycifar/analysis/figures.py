@@ -469,7 +469,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
         axes.errorbar(row[cost], row["test_acc"], spread, fmt="D", **look)
         label = f"{kind}: {mean_std(row, 'test_acc')}, n = {row['n']}"
         points.append(_Point(row[cost], row["test_acc"], label, BLACK))
-    name = f"the reference, as published: {reference['accuracy']:.2f}, epoch chosen on test"
+    name = f"reference: {reference['accuracy']:.2f}, epoch chosen on test"
     points.append(_Point(reference[cost], reference["accuracy"], name, BLACK))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
