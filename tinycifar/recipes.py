@@ -159,7 +159,7 @@ _CAN_BE_NONE = ("stop_patience", "ema", "teacher")
 _BASELINE = Recipe("baseline")
 # The reference's 50 epochs put to better use: Muon, AdamW for the rest, depthwise filters that
 # start by passing their input on, one cycle, batches that the caches hold, only light augmentation.
-# What was measured on the way: results/STUDY.md.
+# What was measured on the way: docs/recipes.md.
 _TUNED = Recipe(
     "tuned",
     epochs=50,
