@@ -127,7 +127,7 @@ def given(executed):
 
 
 def test_the_folder_is_named_after_what_is_trained(executed, monkeypatch, tmp_path):
-    monkeypatch.setattr(notebooks, "new_run", lambda name: tmp_path / name)
+    monkeypatch.setattr(run_directory, "new_run", lambda name: tmp_path / name)
     monkeypatch.setattr(notebooks, "shown", lambda path: path.relative_to(tmp_path))
     run_notebooks(["training"], None, {"seed": 1}, {"epochs": 9, "limit": 200})
     assert given(executed)["run_dir"] == "runs/quick-epochs=9-val-seed1"

@@ -94,14 +94,14 @@ def train(
     changes: Pairs = None,
 ) -> None:
     """Train a network, without a notebook. -p changes a field of the recipe."""
-    from tinycifar import data, notebooks, recipes, training
+    from tinycifar import data, recipes, training
 
     values = _values(changes)
     if "recipe" in values:
         raise ValueError("give the recipe as --recipe; -p changes one of its fields")
     metrics = training.train(
         recipes.get_recipe(recipe, **values),
-        notebooks.new_run(run) if run else None,
+        run or None,
         seed=seed,
         protocol=protocol,
         dataset=dataset if limit is None else data.load(dataset, limit=limit),

@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, compile, nn
 from torch.func import functional_call
@@ -52,30 +50,31 @@ class CompiledNetwork:
         precision: torch.dtype = torch.float32,
     ):
         self.model, self.batch_size, self.sides = model, batch_size, set(sides)
-        # It warns of a CUDA toolkit without a GPU, which is of no concern here.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        eager = fast = model
-        if next(model.parameters()).device.type == "cpu":
-            eager = accelerated(model, precision, norms=False)
-            fast = accelerated(model, precision)
-        if precision != torch.float32:
-            eager, fast = MixedPrecision(eager, precision), MixedPrecision(fast, precision)
-        self.eager = eager
-        # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
-        self.program = compile(fast, dynamic=False)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+
+        def prepared(norms: bool) -> nn.Module:
+            fast = accelerated(model, precision, norms) if on_cpu else model
+            return fast if precision == torch.float32 else MixedPrecision(fast, precision)
+
+        self.eager, self.program = prepared(norms=False), None
+        if sides:  # the compiler takes seconds to import
+            # It warns of a CUDA toolkit without a GPU, which is of no concern here.
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+            # One shape, one program: with shapes left open, torch 2.12 fails on the dilated layers.
+            self.program = compile(prepared(norms=True), dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
         if not self.model.training:
             return self.model(images)
-        if len(images) != self.batch_size or images.shape[-1] not in self.sides:
+        whole = len(images) == self.batch_size and images.shape[-1] in self.sides
+        if self.program is None or not whole:
             return self.eager(images)
         try:
             with _compiling():
                 return self.program(images)
         except Exception as error:
             # A fault of the network's own shows again in the eager call.
-            output = self.eager(images)
-            self.sides = set()
+            output, self.sides = self.eager(images), set()
             warnings.warn(
                 f"torch.compile failed ({_reason(error)}): training goes on without, more slowly",
                 stacklevel=2,
@@ -86,6 +85,9 @@ class CompiledNetwork:
 @contextmanager
 def _compiling() -> Iterator[None]:
     """The compiler's settings as they have to be here; the caller's own programs keep theirs."""
+    import torch._dynamo.config  # seconds: only where something is compiled
+    import torch._functorch.config
+
     # All networks of a process share a list of programs, which by default holds eight and then is
     # no longer added to, without a word.
     programs = torch._dynamo.config.patch(

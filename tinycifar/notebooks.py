@@ -21,9 +21,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from tinycifar.paths import CHECKOUT, absolute, shown
+from tinycifar.paths import CHECKOUT, shown
 
-__all__ = ["ALL", "NOTEBOOKS", "new_run", "run_notebooks", "write_page"]
+__all__ = ["ALL", "NOTEBOOKS", "run_notebooks", "write_page"]
 
 NOTEBOOKS = (CHECKOUT or Path.cwd()) / "notebooks"
 ALL = ("stats", "training", "analysis")
@@ -83,23 +83,6 @@ def run_notebooks(
                 "the new run is trained: leave out FORCE=1, which would train it once more"
             )
         raise
-
-
-def new_run(name: str | Path) -> Path:
-    """The folder to train into that is meant by `name`, which mustn't mean a published run."""
-    from tinycifar.run_directory import find_run
-
-    folder = absolute(name)
-    try:
-        found = find_run(name)
-    except FileNotFoundError:
-        return folder
-    if found != folder:
-        raise ValueError(
-            f"{str(name)!r} is the name of a published run: train into another folder, "
-            f"e.g. runs/{name}"
-        )
-    return folder
 
 
 # ---------------------------------------------------------------------------------- what is given
@@ -173,7 +156,7 @@ def _settle(
 
 def _folder(names: list[str], trains: bool, given: str | None, default: str) -> Path:
     """The run directory: of a run that is there, or where one may be trained."""
-    from tinycifar.run_directory import find_run
+    from tinycifar.run_directory import find_run, new_run
 
     reads = "analysis" in names and not trains
     if given and reads:

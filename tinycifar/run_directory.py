@@ -84,6 +84,22 @@ def find_run(run: str | os.PathLike[str]) -> Path:
     )
 
 
+def new_run(run: str | os.PathLike[str]) -> Path:
+    """The run directory to train into that is meant by a path; see `find_run`.
+
+    Raises:
+        ValueError: for whoever reads, it is the name of a published run.
+    """
+    folder = absolute(run)
+    with suppress(FileNotFoundError):
+        if find_run(run) != folder:
+            raise ValueError(
+                f"{str(run)!r} is the name of a published run: train into another folder, "
+                f"e.g. runs/{run}"
+            )
+    return folder
+
+
 # ------------------------------------------------------------------------------------------- files
 
 

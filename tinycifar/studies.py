@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 import yaml
 from tqdm.auto import tqdm
 
@@ -300,6 +299,8 @@ def _begin_worker(threads: int, policies: dict[str, augment.Policy]) -> None:
     Otherwise its runs would go on unseen, and be locked against the same command given again.
     """
     augment.POLICIES.update(policies)
+    import torch._inductor.config  # seconds
+
     torch.set_num_threads(threads)
     torch._inductor.config.compile_threads = threads  # by default a compiler for every core
     parent = multiprocessing.parent_process()

@@ -35,7 +35,6 @@ from tinycifar.data import Data, DataSplits, load, title
 from tinycifar.evaluation import accuracy, evaluate, full_precision, log_probabilities
 from tinycifar.loaders import key, make_loader, resized
 from tinycifar.networks import make_network
-from tinycifar.paths import absolute
 from tinycifar.recipes import Recipe, check_protocol, get_recipe
 from tinycifar.run_directory import (
     HISTORY_COLUMNS,
@@ -44,6 +43,7 @@ from tinycifar.run_directory import (
     conditions,
     find_run,
     identity,
+    new_run,
 )
 from tinycifar.weights import load_network
 
@@ -237,7 +237,7 @@ def train(
     """
     check_flag("force", force)
     experiment = settle(recipe, seed, protocol, dataset, device, workers, compile)
-    run = RunDirectory(absolute(run_dir or f"runs/{experiment.name}"))
+    run = RunDirectory(new_run(run_dir or f"runs/{experiment.name}"))
     if not force and (metrics := run.kept(experiment.identity)):
         if progress:
             print("This run is finished, and kept: FORCE=1 (force=True) trains it again.")
