@@ -49,7 +49,9 @@ def tiny():
 @pytest.fixture(scope="session")
 def real():
     """CIFAR-10 itself, where it can be found; tests on it are skipped where it can't."""
-    root = data.data_root()
+    from tinycifar.cifar10 import data_root
+
+    root = data_root()
     if not (root / "cifar-10-batches-py").is_dir():
         pytest.skip("CIFAR-10 isn't here (CIFAR10_ROOT or ./data)")
     return data.load("cifar10")

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-from tinycifar import data as cifar10
-from tinycifar.data import PROTOCOLS, DataError, DataSplits, channel_stats, load, split
+from tinycifar import cifar10, data
+from tinycifar.data import CLASSES, PROTOCOLS, DataError, DataSplits, channel_stats, load, split
 from tinycifar.paths import absolute
 from tinycifar.shapes import SHAPES
 
@@ -41,7 +41,7 @@ def fake(tmp_path, monkeypatch):
             lists[which].append([name, md5(folder / name)])
         monkeypatch.setattr(CIFAR10, which, lists[which])
     meta = folder / CIFAR10.meta["filename"]
-    meta.write_bytes(pickle.dumps({"label_names": list(cifar10.CLASSES)}, protocol=2))
+    meta.write_bytes(pickle.dumps({"label_names": list(CLASSES)}, protocol=2))
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5(meta)})
 
     archive = tmp_path / "served" / CIFAR10.filename
@@ -124,7 +124,7 @@ def one_sentence(error) -> str:
 
 def test_real_arrays(real):
     assert (real.name, real.title, real.limit) == ("cifar10", "CIFAR-10", None)
-    assert real.classes == cifar10.CLASSES and len(real.checksum) == 64
+    assert real.classes == CLASSES and len(real.checksum) == 64
     for part, n in (("train", 50_000), ("test", 10_000)):
         images, labels = getattr(real, f"{part}_images"), getattr(real, f"{part}_labels")
         assert images.shape == (n, 32, 32, 3) and images.dtype == np.uint8
@@ -367,12 +367,12 @@ def test_limit_out_of_range(limit):
 def test_limit_takes_the_first_of_each_class():
     labels = np.repeat(np.arange(10), 30)[::-1].copy()
     images = np.arange(300, dtype=np.uint8).repeat(3072).reshape(300, 32, 32, 3)
-    data = cifar10._pack("cifar10", cifar10.CLASSES, (images, labels, images, labels), 104)
-    assert np.bincount(data.train_labels).tolist() == [11] * 4 + [10] * 6
-    assert np.bincount(data.test_labels).tolist() == [2] * 10
-    assert data.test_labels.tolist() == sorted(data.test_labels, reverse=True)  # order is kept
-    assert data.test_images[:4, 0, 0, 0].tolist() == [0, 1, 30, 31]
-    assert data.title == "CIFAR-10, 104 training images"
+    packed = data._pack("cifar10", CLASSES, (images, labels, images, labels), 104)
+    assert np.bincount(packed.train_labels).tolist() == [11] * 4 + [10] * 6
+    assert np.bincount(packed.test_labels).tolist() == [2] * 10
+    assert packed.test_labels.tolist() == sorted(packed.test_labels, reverse=True)  # order is kept
+    assert packed.test_images[:4, 0, 0, 0].tolist() == [0, 1, 30, 31]
+    assert packed.title == "CIFAR-10, 104 training images"
 
 
 # -- split -----------------------------------------------------------------------------------------

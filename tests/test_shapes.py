@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinycifar import data
+from tinycifar import cifar10
 from tinycifar.data import channel_stats, load
 from tinycifar.shapes import SHAPES, draw_shapes
 
@@ -35,7 +35,7 @@ def test_shapes_are_the_same_bits_everywhere(shapes):
 
 
 def test_shapes_ask_nobody(monkeypatch, capsys):
-    monkeypatch.setattr(data, "_cifar10", None)
+    monkeypatch.setattr(cifar10, "read_cifar10", None)
     assert load("shapes", limit=100).name == "shapes"
     assert capsys.readouterr() == ("", "")
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: what is accepted, and the one sentence that says what isn't."""
+"""Checks of arguments, and errors of data: the one sentence that says what isn't accepted."""
 
 from __future__ import annotations
 
@@ -46,3 +46,11 @@ def check_choice(name: str, value: Any, valid: Iterable[Any]) -> None:
     valid = tuple(valid)
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}; valid: {', '.join(map(str, valid))}")
+
+
+class DataError(RuntimeError):
+    """A data set that is unknown, can't be had, or isn't what it should be."""
+
+
+class DataUnavailable(DataError):
+    """CIFAR-10 is neither on the disk nor to be had from its host: `auto` falls back."""
