@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinycifar import cifar10
+from tinycifar import cifar10, data
 from tinycifar.data import channel_stats, load
 from tinycifar.shapes import SHAPES, draw_shapes
 
