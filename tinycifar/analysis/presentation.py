@@ -38,6 +38,7 @@ _WITHIN_OTHERS = ("clear", "differs", "gain_error", "gain_interval", "seeds", "e
 _HEADINGS = {
     "a_as_b": "a taken for b",
     "b_as_a": "b taken for a",
+    "b": "b",  # beside a; not of R, G and B
     "best_acc": "accuracy at best epoch, %",
     "changes": "what changes",
     "field": "",
