@@ -164,7 +164,7 @@ class DilatedDepthwise(nn.Module):
 
     oneDNN, the library behind torch there, has no fast code for either gradient: measured, each
     takes five to twenty times as long as the forward pass. But its input's is a dilated depthwise
-    convolution as well, with the filter turned about, for which there is fast code; and its
+    convolution as well, with the filter rotated by 180 degrees, for which there is fast code; its
     filter's is that of an undilated convolution of the d² images that every d-th pixel makes.
     """
 
@@ -206,7 +206,7 @@ class StridedDepthwise(nn.Module):
 
     oneDNN has no fast code for its input's gradient there: measured, it takes fifty times as long
     as in float32. But that is an undilated convolution of the output's gradient, spread out, with
-    the filter turned about.
+    the filter rotated by 180 degrees.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -292,8 +292,8 @@ class _NormReLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, guess: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # About a guess at the mean, lest the squares' sum lose digits where the mean is hundreds of
-        # standard deviations; in the first steps the guess is 0, and so, nearly, are the means.
+        # About a guess at the mean: the sum of squares would lose digits where the mean is hundreds
+        # of standard deviations; in the first steps the guess is 0, and so, nearly, are the means.
         centred = x - _spread(guess)
         count = x.numel() // x.shape[1]
         offset = _sum(centred) / count
@@ -396,7 +396,7 @@ class Memory:
             pass
 
     def trim(self) -> None:
-        """Give all of it back: between epochs, as buffers of another size would come on top."""
+        """Return it to the kernel: between epochs, as buffers of another size would come on top."""
         if self.libc is not None:
             self.libc.malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""What a network makes of images: log-probabilities, loss and accuracy."""
+"""Evaluation of a network on images: log-probabilities, loss and accuracy."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class _KeyedDataset(Dataset):
 
 
 def resized(images: Tensor, side: int) -> Tensor:
-    """Images (N, 3, 32, 32) at another side, every pixel of the original having its say."""
+    """Images (N, 3, 32, 32) at another side, with antialiasing, so that every pixel counts."""
     if images.shape[-1] == side:
         return images
     return F.interpolate(images, (side, side), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""What a recipe's words stand for: initialisation, optimizers, schedules and loss."""
+"""Initialisation, optimizers, schedules and loss, by their names in a recipe."""
 
 from __future__ import annotations
 

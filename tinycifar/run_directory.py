@@ -88,7 +88,7 @@ def new_run(run: str | os.PathLike[str]) -> Path:
     """The run directory to train into that is meant by a path; see `find_run`.
 
     Raises:
-        ValueError: for whoever reads, it is the name of a published run.
+        ValueError: `find_run` takes it for the name of a published run.
     """
     folder = absolute(run)
     with suppress(FileNotFoundError):
@@ -184,7 +184,7 @@ class RunDirectory:
             raise ValueError(f"{file} was not written by train(): it lacks {', '.join(missing)}")
         return content
 
-    # For whoever trains.
+    # For training.
 
     def kept(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The metrics of the run that `identity` tells, if it is finished; else None.

@@ -58,7 +58,7 @@ Row = dict[str, Any]  # a row of history.csv
 OnEpoch = Callable[[Row], Any]
 
 
-# -------------------------------------------------------------------------------------- the door
+# -------------------------------------------------------------------------------------- settling
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,7 @@ def settle(
         )
     teacher = None
     if recipe.teacher is not None:
-        with suppress(FileNotFoundError):  # a finished run can bear that; see require_teacher
+        with suppress(FileNotFoundError):  # a finished run needs it no more; see require_teacher
             teacher = RunDirectory(find_run(recipe.teacher))
     who = identity(recipe, seed, protocol, splits.data, teacher)
     return Experiment(recipe, seed, splits, chosen, workers, compile, teacher, who)
@@ -229,7 +229,7 @@ def train(
         What metrics.json holds. Accuracies are percentages.
 
     Raises:
-        ValueError: bad input. data.DataError: the data set can't be had. FileNotFoundError:
+        ValueError: bad input. data.DataError: the data set isn't available. FileNotFoundError:
         there is no such teacher. ImportError: the recipe's build is of a library that isn't
         installed. RunError: the run directory holds another run, or the loss is no longer finite.
         OSError: a file can't be written. In each case the run is intact up to its last finished
@@ -244,7 +244,7 @@ def train(
         return metrics
     require_teacher(experiment)
     with deterministic(experiment.device):
-        # Before anything is replaced: what can't be had, a library or memory, shows here.
+        # Before anything is replaced: a missing library or too little memory shows here.
         trainer = Trainer(experiment, progress)
         with run.opened(experiment.config, experiment.identity, force) as state:
             if state is not None:
@@ -528,5 +528,5 @@ def _bar(*, on: bool, **options: Any) -> Any:
     """A tqdm bar: a widget in JupyterLab, text in a terminal, nothing when told."""
     from tqdm.auto import tqdm  # looks around for widgets when imported: not before a bar is due
 
-    # TQDM_DISABLE by hand: tqdm's own reading of it leaves a widget in a notebook.
+    # TQDM_DISABLE is read here: where tqdm reads it, a widget stays in a notebook.
     return tqdm(disable=not on or os.environ.get("TQDM_DISABLE", "0") != "0", **options)
