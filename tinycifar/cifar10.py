@@ -6,17 +6,18 @@ https://www.cs.toronto.edu/~kriz/cifar.html
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
 import socket
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 from torch.hub import download_url_to_file
@@ -25,17 +26,14 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 
 from tinycifar.checks import DataError, DataUnavailable
 from tinycifar.paths import absolute
+from tinycifar.shapes import Arrays
 
 ANSWER_SECONDS = 5  # how long the host may take to send its first byte
 STALL_SECONDS = 15  # how long a download may stand still; with the above, an absent network
 #                     is reported within 30 s
 PARTIAL = ".cifar10-download-"  # a download in progress, inside the data folder
-NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-)
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError)
+ALTERED = "is truncated or altered (its MD5 sum is wrong)"
 
 
 def data_root(root: str | os.PathLike | None = None) -> Path:
@@ -43,7 +41,7 @@ def data_root(root: str | os.PathLike | None = None) -> Path:
     return absolute(root or os.environ.get("CIFAR10_ROOT") or "data")
 
 
-def read_cifar10(folder: str | os.PathLike | None, progress: bool) -> tuple[np.ndarray, ...]:
+def read_cifar10(folder: str | os.PathLike | None, progress: bool) -> Arrays:
     """Training images and labels, test images and labels; fetched first when they aren't there.
 
     For what is raised see `data.load`.
@@ -70,16 +68,12 @@ def _check_files(folder: Path) -> None:
     """Name the file that isn't what it should be; torchvision only says that there is one."""
     meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
     for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
-        if not (folder / name).is_file():
-            fault = "is missing"
-        elif not check_integrity(folder / name, md5):
-            fault = "is truncated or altered (its MD5 sum is wrong)"
-        else:
-            continue
-        raise DataError(
-            f"{folder / name} {fault}: replace it, or delete the folder {folder} and run again "
-            "to have CIFAR-10 downloaded."
-        )
+        if not check_integrity(folder / name, md5):
+            fault = ALTERED if (folder / name).is_file() else "is missing"
+            raise DataError(
+                f"{folder / name} {fault}: replace it, or delete the folder {folder} and run again "
+                "to have CIFAR-10 downloaded."
+            )
 
 
 def _fetch(root: Path, progress: bool) -> None:
@@ -92,8 +86,7 @@ def _fetch(root: Path, progress: bool) -> None:
     found = archive.exists()
     if found and not check_integrity(archive, CIFAR10.tgz_md5):
         raise DataError(
-            f"{archive} is truncated or altered (its MD5 sum is wrong): delete it and run again "
-            "to have CIFAR-10 downloaded."
+            f"{archive} {ALTERED}: delete it and run again to have CIFAR-10 downloaded."
         )
     if not found and not _answers(CIFAR10.url):
         raise _cant_be_had(root, f"gave no answer (waited up to {ANSWER_SECONDS} s)")
@@ -125,7 +118,7 @@ def _download(archive: Path, root: Path, progress: bool) -> None:
 
 
 def _cant_be_had(root: Path, what: str) -> DataUnavailable:
-    host = urllib.parse.urlsplit(CIFAR10.url).netloc
+    host = urlsplit(CIFAR10.url).netloc
     return DataUnavailable(
         f"CIFAR-10 is not in {root} and its host {host} {what}: set CIFAR10_ROOT to the folder "
         f"that holds {CIFAR10.base_folder}, or put {CIFAR10.filename} into {root}, or choose "
@@ -138,16 +131,13 @@ def _answers(url: str) -> bool:
     received = []
 
     def ask() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:
-                received.append(response.read(1))
-        except (OSError, http.client.HTTPException):
-            pass
+        with suppress(OSError, HTTPException), urlopen(url, timeout=ANSWER_SECONDS) as response:
+            received.append(response.read(1))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
-    return received not in ([], [b""])
+    return any(received)
 
 
 def _sweep(root: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tinycifar.checks import DataError, DataUnavailable, check_choice, check_whole
-from tinycifar.shapes import SHAPES, draw_shapes
+from tinycifar.shapes import SHAPES, Arrays, draw_shapes
 
 DATASETS = ("auto", "cifar10", "shapes")
 PROTOCOLS = {
@@ -29,11 +29,7 @@ PROTOCOLS = {
     "test-selected": "the whole training set; schedule, stopping and epoch are chosen ON TEST, "
     "as the published reference did",
 }
-# fmt: off
-CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)
-# fmt: on
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZES = {"cifar10": 50_000, "shapes": 10_000}  # training images; a fifth as many for testing
 
 BANNER = """\
@@ -144,10 +140,7 @@ def split(
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels must be a one-dimensional array of integers, got {labels.dtype} of shape "
-            f"{labels.shape}."
-        )
+        raise _unlike("labels must be a one-dimensional array of integers", labels)
     classes, counts = np.unique(labels, return_counts=True)
     n_val = len(labels) // 10 if n_val is None else n_val
     if len(labels) < 2 * len(classes) or not len(labels):
@@ -227,30 +220,26 @@ def channel_stats(images: np.ndarray, index: np.ndarray | None = None) -> Stats:
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-        raise ValueError(
-            f"images must be uint8 of shape (N, H, W, 3), got {images.dtype} of shape "
-            f"{images.shape}."
-        )
+        raise _unlike("images must be uint8 of shape (N, H, W, 3)", images)
     index = np.arange(len(images)) if index is None else np.asarray(index)
     if index.ndim != 1 or index.dtype.kind not in "iu" or not index.size:
-        raise ValueError(
-            f"index must be a list of one integer or more, got {index.dtype} of shape "
-            f"{index.shape}."
-        )
+        raise _unlike("index must be a list of one integer or more", index)
     histograms = np.zeros((3, 256), dtype=np.int64)
     for start in range(0, len(index), 1000):  # bincount makes int64 of its input: small bites
-        part = images[index[start : start + 1000]]
-        for channel, histogram in enumerate(histograms):
-            histogram += np.bincount(part[..., channel].ravel(), minlength=256)
+        pixels = images[index[start : start + 1000]].reshape(-1, 3)
+        histograms += [np.bincount(channel, minlength=256) for channel in pixels.T]
 
     n = len(index) * images.shape[1] * images.shape[2]
     values = np.arange(256)
-    sums = [int(histogram @ values) for histogram in histograms]
-    squares = [int(histogram @ values**2) for histogram in histograms]
+    sums, squares = (histograms @ values).tolist(), (histograms @ values**2).tolist()
     return Stats(
         mean=tuple(s / (255 * n) for s in sums),
         std=tuple(math.sqrt(n * q - s * s) / (255 * n) for s, q in zip(sums, squares, strict=True)),
     )
+
+
+def _unlike(expected: str, array: np.ndarray) -> ValueError:
+    return ValueError(f"{expected}, got {array.dtype} of shape {array.shape}.")
 
 
 def _check_limit(limit: int | None, name: str) -> None:
@@ -258,19 +247,14 @@ def _check_limit(limit: int | None, name: str) -> None:
         check_whole(f"limit (on {name})", limit, 100, SIZES[name])
 
 
-def _pack(name: str, classes: tuple, arrays: tuple[np.ndarray, ...], limit: int | None) -> Data:
-    if limit == SIZES[name]:
-        limit = None
+def _pack(name: str, classes: tuple, arrays: Arrays, limit: int | None) -> Data:
+    limit = None if limit == SIZES[name] else limit
     if limit is not None:
-        images, labels, test_images, test_labels = arrays
-        arrays = *_first(images, labels, limit), *_first(test_images, test_labels, limit // 5)
+        arrays = *_first(*arrays[:2], limit), *_first(*arrays[2:], limit // 5)
     checksum = hashlib.sha256()
     for array in arrays:
         checksum.update(array.data)
-    images, labels, test_images, test_labels = arrays
-    return Data(
-        name, classes, images, labels, test_images, test_labels, checksum.hexdigest(), limit
-    )
+    return Data(name, classes, *arrays, checksum.hexdigest(), limit)
 
 
 def _first(images: np.ndarray, labels: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

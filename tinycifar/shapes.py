@@ -18,8 +18,10 @@ SHAPES = (
 
 CHUNK = 50  # images drawn at once, a multiple of 10; another number would draw other images
 
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-def draw_shapes(n: int) -> tuple[np.ndarray, ...]:
+
+def draw_shapes(n: int) -> Arrays:
     """Training images and labels, test images and labels: the first n and n // 5 of two streams."""
     return *_stream(1, n), *_stream(2, n // 5)
 
