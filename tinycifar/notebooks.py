@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from tinycifar.paths import CHECKOUT, shown
-
-__all__ = ["ALL", "NOTEBOOKS", "run_notebooks", "write_page"]
 
 NOTEBOOKS = (CHECKOUT or Path.cwd()) / "notebooks"
 ALL = ("stats", "training", "analysis")
@@ -67,7 +66,10 @@ def run_notebooks(
             folder, parameters = pool.submit(_settle, declared, run_dir, *given).result()
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time() - 1  # the times of files are coarse
-    _print_what_cells_print()
+    warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
+    log = logging.getLogger("papermill")
+    log.handlers, log.propagate = [_Terminal()], False
+    log.setLevel(logging.INFO)
     try:
         for name in names:
             print(f"notebooks/{name}.ipynb -> {shown(folder)}/{name}.ipynb", flush=True)
@@ -111,50 +113,48 @@ def _settle(
     from tinycifar.run_directory import RunDirectory
     from tinycifar.training import check_seed, pick_device, run_name
 
-    # What has an option of its own may be given as a parameter as well.
-    settings = settings | {name: extra.pop(name) for name in list(extra) if name in SETTINGS}
-    if settings["force"] not in (0, 1):  # True and False are these two
-        raise ValueError(f"force must be 0 or 1, not {settings['force']!r}")
-    settings["force"] = bool(settings["force"])
-    run_dir = extra.pop("run_dir", None) or run_dir
-
     valid = set().union(*declared.values())
     recipes = {field.name for field in fields(Recipe)} if "changes" in valid else set()
-    if unknown := sorted(extra.keys() - valid - recipes):
+    # What has an option of its own may be given as a parameter as well.
+    if unknown := sorted(extra.keys() - valid - recipes - SETTINGS.keys() - {"run_dir"}):
         choice = ", ".join(sorted(valid | recipes))
         raise ValueError(f"no parameter {unknown[0]!r} in {', '.join(declared)}; valid: {choice}")
-    changes = extra.pop("changes", {})
+    given: Parameters = {"run_dir": run_dir, "changes": {}} | settings | extra
+    if given["force"] not in (0, 1):  # True and False are these two
+        raise ValueError(f"force must be 0 or 1, not {given['force']!r}")
+    given["force"] = bool(given["force"])
+    changes = given.pop("changes")
     if not isinstance(changes, dict):
         raise ValueError(f"changes must be a mapping of a recipe's fields; got {changes!r}")
-    single = {name: extra.pop(name) for name in list(extra) if name in recipes - valid}
+    single = {name: given.pop(name) for name in list(given) if name in recipes - valid}
     if twice := sorted(single.keys() & changes.keys()):
         raise ValueError(f"{', '.join(twice)}: given both by itself and in changes; give it once")
-    changes |= single
+    if changes := changes | single:
+        given["changes"] = changes
 
-    recipe = get_recipe(settings["recipe"], **changes)
-    check_protocol(recipe, settings["protocol"])
-    check_seed(settings["seed"])
-    pick_device(settings["device"])
-    check_choice("dataset", settings["dataset"], DATASETS)
-    name = run_name(recipe, settings["protocol"], settings["seed"])
+    recipe = get_recipe(given["recipe"], **changes)
+    check_protocol(recipe, given["protocol"])
+    check_seed(given["seed"])
+    pick_device(given["device"])
+    check_choice("dataset", given["dataset"], DATASETS)
+    name = run_name(recipe, given["protocol"], given["seed"])
     trains = any("force" in names for names in declared.values())
-    folder = _folder(list(declared), trains, str(run_dir) if run_dir else None, name)
-    if trains and not settings["force"]:
-        meant = {"recipe": asdict(recipe), **{k: settings[k] for k in ("seed", "protocol")}}
-        if extra.get("limit") not in SIZES.values():  # which may be no limit at all
-            meant["limit"] = extra.get("limit")
-        if settings["dataset"] != "auto":
-            meant["dataset"] = settings["dataset"]
+    folder = _folder(list(declared), trains, str(given["run_dir"] or ""), name)
+    if trains and not given["force"]:
+        meant = {"recipe": asdict(recipe), "seed": given["seed"], "protocol": given["protocol"]}
+        if given.get("limit") not in SIZES.values():  # which may be no limit at all
+            meant["limit"] = given.get("limit")
+        if given["dataset"] != "auto":
+            meant["dataset"] = given["dataset"]
         RunDirectory(folder).kept(meant)  # refuses another
-    given = {**settings, **extra, "run_dir": str(shown(folder))}
-    given |= {"changes": changes} if changes else {}
+    given["run_dir"] = str(shown(folder))
     return folder, {
         name: {key: value for key, value in given.items() if key in names}
         for name, names in declared.items()
     }
 
 
-def _folder(names: list[str], trains: bool, given: str | None, default: str) -> Path:
+def _folder(names: list[str], trains: bool, given: str, default: str) -> Path:
     """The run directory: of a run that is there, or where one may be trained."""
     from tinycifar.run_directory import find_run, new_run
 
@@ -171,11 +171,13 @@ def _folder(names: list[str], trains: bool, given: str | None, default: str) -> 
 
 
 def _execute(name: str, folder: Path, parameters: Parameters) -> None:
+    import nbformat
     import papermill
+    from nbconvert import HTMLExporter
 
     finished, running = folder / f"{name}.ipynb", folder / f"{name}.running.ipynb"
     try:
-        papermill.execute_notebook(
+        notebook = papermill.execute_notebook(
             NOTEBOOKS / f"{name}.ipynb",
             running,
             parameters,
@@ -190,9 +192,14 @@ def _execute(name: str, folder: Path, parameters: Parameters) -> None:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from error
         raise RuntimeError(f"{error.evalue} [{error.ename}; see {running.name}]") from error
-    _forget_paths(running)
+    for key in ("input_path", "output_path"):  # this machine's, in what is meant to be shared
+        del notebook.metadata.papermill[key]
+    nbformat.write(notebook, running)
     os.replace(running, finished)
-    write_page(finished)
+    html, _ = HTMLExporter().from_filename(str(finished))  # one file, images inline
+    page = running.with_suffix(".html")
+    page.write_text(html, encoding="utf-8")
+    os.replace(page, finished.with_suffix(".html"))
 
 
 def _kernel_manager() -> type:
@@ -213,43 +220,13 @@ def _kernel_manager() -> type:
     return ThisPython
 
 
-def write_page(notebook: Path) -> Path:
-    """An executed notebook as one HTML file beside it, images inline, for any browser."""
-    from nbconvert import HTMLExporter
+class _Terminal(logging.Handler):
+    """Prints what cells print, but for long tables, papermill's own chatter and figures' reprs."""
 
-    page = notebook.with_suffix(".html")
-    html, _ = HTMLExporter().from_filename(str(notebook))
-    temporary = page.with_name(page.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, page)
-    return page
-
-
-def _forget_paths(file: Path) -> None:
-    """papermill notes the full paths of this machine in a notebook that is meant to be shared."""
-    import nbformat
-
-    notebook = nbformat.read(file, as_version=4)
-    for key in ("input_path", "output_path"):
-        notebook.metadata.get("papermill", {}).pop(key, None)
-    nbformat.write(notebook, file)
-
-
-def _print_what_cells_print() -> None:
-    warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
-    log = logging.getLogger("papermill")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("  %(message)s"))
-    handler.addFilter(_is_output)
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
-
-
-def _is_output(record: logging.LogRecord) -> bool:
-    """What cells print, but for long tables, papermill's own chatter and the reprs of figures."""
-    text = record.getMessage()
-    if text.count("\n") > LONGEST:
-        return False
     chatter = ("Executing", "Ending", "Input Notebook", "Output Notebook", "Working directory")
-    record.msg, record.args = text.rstrip().replace("\n", "\n  "), ()
-    return bool(text.strip()) and not text.startswith((*chatter, "<Figure", "<IPython"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage().rstrip()
+        unwanted = text.startswith((*self.chatter, "<Figure", "<IPython"))
+        if text and not unwanted and text.count("\n") < LONGEST:
+            print(textwrap.indent(text, "  "), flush=True)
