@@ -6,7 +6,7 @@ import functools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -55,7 +55,7 @@ IMAGE_SIDE = 32  # side of an image of CIFAR-10, in pixels
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color, 2008).
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
+PURPLE, SKY, BLACK, GREY, DIM = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C", "#505050"
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK)
 STYLE = {
     "axes.axisbelow": True,
@@ -66,7 +66,6 @@ STYLE = {
     "axes.titlesize": 11,
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08,
-    "figure.dpi": 100,
     "grid.alpha": 0.3,
     "legend.fontsize": 9,
     "legend.frameon": False,
@@ -101,14 +100,13 @@ def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 def plot_class_counts(data: Data) -> Figure:
     """How many images of each class there are for training and for testing."""
     figure, axes = plt.subplots(figsize=(8, 3.6))
-    position, height = np.arange(len(data.classes)), 0.4
-    parts = (("train", data.train_labels, BLUE), ("test", data.test_labels, ORANGE))
-    for i, (label, labels, colour) in enumerate(parts):
-        counts = np.bincount(labels, minlength=len(data.classes))
-        bars = axes.barh(position + (i - 0.5) * height, counts, height, color=colour)
-        bars.set_label(f"{label}: {len(labels):,}")
-        axes.bar_label(bars, [f"{count:,}" for count in counts], padding=3, fontsize=8)
-    axes.set_yticks(position, data.classes)
+    rows = np.arange(len(data.classes))
+    parts = (("train", data.train_labels, BLUE, -0.2), ("test", data.test_labels, ORANGE, 0.2))
+    for part, labels, colour, shift in parts:
+        counts, label = np.bincount(labels, minlength=len(rows)), f"{part}: {len(labels):,}"
+        bars = axes.barh(rows + shift, counts, 0.4, color=colour, label=label)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    axes.set_yticks(rows, data.classes)
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.grid(axis="y", visible=False)
@@ -127,8 +125,7 @@ def plot_samples(data: Data, per_class: int = 8) -> Figure:
     size = (max(4.5, 0.62 * per_class + 1.2), 0.62 * len(rows) + 0.6)
     figure, axes = plt.subplots(figsize=size)
     _draw_mosaic(axes, np.stack([row[:per_class] for row in rows]), data.classes)
-    figure.suptitle(_wrapped(f"Training images · {data.title}", figure))
-    return figure
+    return _titled(figure, f"Training images · {data.title}")
 
 
 @_styled
@@ -161,9 +158,8 @@ def plot_augmentations(
         rows = [measures.augmented(images, policy, build, stats, seed) for build in builds]
         _draw_mosaic(axes, np.stack(rows), builds)
         what = f"{policy}: {_described(augment.get_policy(policy))}"
-        axes.set_title(_wrapped(what, figure, share=0.75), loc="left", fontsize=10)
-    figure.suptitle(_wrapped(f"Augmentation · {data.title}", figure))
-    return figure
+        axes.set_title(_wrapped(what, 0.75 * size[0]), loc="left", fontsize=10)
+    return _titled(figure, f"Augmentation · {data.title}")
 
 
 # ------------------------------------------------------------------ of the network and its training
@@ -173,27 +169,24 @@ def plot_augmentations(
 def plot_receptive_field(model: nn.Module) -> Figure:
     """The receptive field after each layer that widens it, with and without dilation."""
     table = field_table(model).query("kernel > 1").reset_index(drop=True)  # 1x1 layers add nothing
-    sides = table["receptive_field"]
+    sides, last = table["receptive_field"], table["receptive_field"].iloc[-1]
     figure, axes = plt.subplots(figsize=(9, 3.8))
-    for dilated, rows in table.groupby(table["dilation"] > 1):
-        look = ("3x3, dilated", ORANGE) if dilated else ("3x3", BLUE)
-        bars = axes.bar(rows.index, rows["receptive_field"], 0.7, color=look[1], label=look[0])
-        axes.bar_label(bars, padding=2, fontsize=9)
+    for dilated, rows in sides.groupby(table["dilation"] > 1):
+        label, colour = ("3x3, dilated", ORANGE) if dilated else ("3x3", BLUE)
+        axes.bar_label(axes.bar(rows.index, rows, 0.7, color=colour, label=label), padding=2)
     if (table["dilation"] > 1).any():
         jumps = table["jump"] // table["stride"]  # between the positions that each layer reads
         undilated = 1 + ((table["kernel"] - 1) * jumps).cumsum()
-        ends = (table.index - 0.35, table.index + 0.35)
-        axes.hlines(undilated, *ends, color=BLACK, linewidth=2, label="the same without dilation")
-        place, last = table.index[-1], undilated.iloc[-1]
-        axes.text(place, last - 0.8, f"{last}", ha="center", va="top", color="white", fontsize=9)
+        label = f"the same without dilation: up to {undilated.max()} px"
+        axes.hlines(undilated, table.index - 0.35, table.index + 0.35, BLACK, lw=2, label=label)
     axes.axhline(IMAGE_SIDE, color=BLACK, linestyle="--", linewidth=1)
-    axes.text(-0.35, IMAGE_SIDE + 0.7, f"side of an image: {IMAGE_SIDE} px", fontsize=9)
+    axes.text(3, IMAGE_SIDE + 0.7, f"side of an image: {IMAGE_SIDE} px", fontsize=9)
     axes.set_xticks(table.index, table.apply(_field_label, axis=1), fontsize=8, va="top")
     axes.grid(axis="x", visible=False)
-    axes.set(ylim=(0, max(IMAGE_SIDE, sides.max()) * 1.12), ylabel="receptive field, px")
+    axes.set(ylim=(0, max(IMAGE_SIDE, last) * 1.12), ylabel="receptive field, px")
     axes.legend(loc="upper left")
-    name, side = type(model).__name__, sides.iloc[-1]
-    axes.set_title(f"{name}: one position of the last layer sees {side} x {side} px")
+    name = type(model).__name__
+    axes.set_title(f"{name}: one position of the last layer sees {last} x {last} px")
     return figure
 
 
@@ -208,17 +201,15 @@ def plot_costs(model: nn.Module) -> Figure:
     kinds = ["standard", "depthwise", "pointwise", "BatchNorm"]
     figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.9))
     for axes, what in zip(all_axes, ("parameters", "multiply_adds", "activations"), strict=True):
-        sums = layers.groupby(["stage", "kind"], sort=False)[what].sum().unstack(fill_value=0)
-        sums, below = sums.reindex(columns=kinds, fill_value=0), np.zeros(len(sums))
-        for kind, colour in zip(kinds, COLOURS, strict=False):
-            label = f"{kind} {100 * sums[kind].sum() / layers[what].sum():.0f} %"
-            axes.bar(sums.index, sums[kind], 0.7, bottom=below, color=colour, label=label)
-            below += sums[kind].to_numpy()
-        axes.set_title(f"{layers[what].sum():,} {what.replace('_', '-')}")
+        sums = layers.pivot_table(what, "stage", "kind", "sum").reindex(columns=kinds).fillna(0)
+        total = layers[what].sum()
+        sums.columns = [f"{kind} {100 * n / total:.0f} %" for kind, n in sums.sum().items()]
+        sums.plot.bar(stacked=True, ax=axes, width=0.7, rot=0, xlabel="", color=[*COLOURS])
+        axes.set_title(f"{total:,} {what.replace('_', '-')}")
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper left")
-        axes.set_ylim(0, 1.45 * below.max())
+        axes.set_ylim(0, 1.45 * sums.sum(axis=1).max())
     return figure
 
 
@@ -255,7 +246,7 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _history_legend(figure, runs, colours)
-    return figure
+    return _titled(figure, _history_title(runs))
 
 
 @_styled
@@ -266,9 +257,8 @@ def plot_start(runs: Iterable[Run], epochs: int = 8) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.2))
     colours = _colour_by_kind(runs)
     for run in runs:
-        shown = slice(min(epochs, run.epochs))
-        look: dict[str, Any] = {"color": colours[_kind(run)], "marker": "o", "label": run.label}
-        axes.plot(run.history["epoch"][shown], run.history["train_acc"][shown], **look)
+        x, y = (run.history[name].head(epochs) for name in ("epoch", "train_acc"))
+        axes.plot(x, y, "o-", color=colours[_kind(run)], label=run.label)
     axes.set(xlabel="epoch", ylabel="training accuracy, as augmented, %")
     axes.legend(loc="lower right")
     axes.set_title(" and ".join(dict.fromkeys(run.data_title for run in runs)))
@@ -296,8 +286,7 @@ def plot_confusion(predictions: Predictions) -> Figure:
     axes.grid(False)
     axes.set(xlabel="predicted", ylabel="true")
     figure.colorbar(image, label="mistakes, share of the true class, %", shrink=0.8)
-    figure.suptitle(_wrapped(f"Confusion matrix · {predictions.title}", figure))
-    return figure
+    return _titled(figure, f"Confusion matrix · {predictions.title}")
 
 
 @_styled
@@ -306,22 +295,18 @@ def plot_per_class(predictions: Predictions) -> Figure:
     classes = predictions.classes
     counts = measures.confusion_matrix(predictions.labels, predictions.predicted, len(classes))
     n, overall = np.maximum(counts.sum(axis=1), 1), 100 * counts.trace() / counts.sum()
-    rates = pd.Series(counts.diagonal() / n, index=list(classes))
-    interval = 1.96 * np.sqrt(rates * (1 - rates) / n)
-    rates = rates.sort_values(ascending=False, kind="stable")
+    rates = pd.Series(100 * counts.diagonal() / n, index=list(classes))
+    interval = 1.96 * np.sqrt(rates * (100 - rates) / n)
+    rates = rates.sort_values(kind="stable")
     figure, axes = plt.subplots(figsize=(8, 3.8))
-    look = {"xerr": 100 * interval[rates.index], "ecolor": BLACK, "capsize": 2, "color": BLUE}
-    bars = axes.barh(rates.index, 100 * rates, height=0.7, **look)
-    axes.bar_label(
-        bars, [f"{100 * rate:.1f}" for rate in rates], label_type="center", color="white"
-    )
+    look = {"xerr": interval[rates.index], "ecolor": BLACK, "capsize": 2, "color": BLUE}
+    bars = axes.barh(rates.index, rates, height=0.7, **look)
+    axes.bar_label(bars, fmt="{:.1f}", label_type="center", color="white")
     axes.axvline(overall, color=ORANGE, linestyle="--")
-    axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     label = f"accuracy, % (dashed: all classes, {overall:.2f} %; whiskers: 95 % interval)"
     axes.set(xlim=(0, 108), xlabel=label)
-    figure.suptitle(_wrapped(f"Accuracy by class · {predictions.title}", figure))
-    return figure
+    return _titled(figure, f"Accuracy by class · {predictions.title}")
 
 
 @_styled
@@ -333,18 +318,18 @@ def plot_mistakes(predictions: Predictions, n: int = 16) -> Figure:
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:n]
     columns = min(8, max(4, len(worst)))
-    rows = max(1, math.ceil(len(worst) / columns))
-    figure, all_axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.85 * rows + 0.6))
-    for axes in all_axes.flat:
-        axes.axis("off")
-    for axes, i in zip(all_axes.flat, worst, strict=False):
+    rows = math.ceil(len(worst) / columns) or 1
+    figure = plt.figure(figsize=(1.35 * columns, 1.85 * rows + 0.6))
+    for place, i in enumerate(worst, start=1):
+        axes = figure.add_subplot(rows, columns, place)
         axes.imshow(predictions.images[i])
+        axes.axis("off")
         true, taken = classes[labels[i]], classes[predicted[i]]
         axes.set_title(f"{true}\n→ {taken}\n{100 * confidence[i]:.1f} %", fontsize=9)
     what = f"{len(worst)} surest of {counted(len(wrong), 'mistake')}: true → predicted, probability"
-    what = what if len(wrong) else "No mistake"
-    figure.suptitle(_wrapped(f"{what} · {predictions.title}", figure))
-    return figure
+    if not len(wrong):
+        what = "No mistake"
+    return _titled(figure, f"{what} · {predictions.title}")
 
 
 @_styled
@@ -371,8 +356,7 @@ def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
     bottom.bar(centres, table["n"], width, color=GREY)
     bottom.set(xlabel="confidence (probability of the predicted class)", ylabel="predictions")
     bottom.set_yscale("log")  # nearly all of them are in the last bin
-    figure.suptitle(_wrapped(f"Reliability · {predictions.title}", figure))
-    return figure
+    return _titled(figure, f"Reliability · {predictions.title}")
 
 
 # ----------------------------------------------------------------------- of what a network looks at
@@ -392,7 +376,7 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
     model: Any = load_model(source) if isinstance(source, Run) else source
     title = source.title if isinstance(source, Run) else data.title
     stats = channel_stats(data.train_images)
-    mean, std = getattr(model, "mean", None) or stats.mean, getattr(model, "std", None) or stats.std
+    mean, std = (getattr(model, name, None) or getattr(stats, name) for name in ("mean", "std"))
     theoretical, margin = receptive_field(model)[-1].field, IMAGE_SIDE // 2
     around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
     images = np.pad(data.test_images[:n], around, mode="reflect")
@@ -401,8 +385,7 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
     _draw_field(left, field, theoretical, margin)
     _draw_shares(right, field, theoretical)
     what = f"Effective receptive field over {counted(len(images), 'image')}"
-    figure.suptitle(_wrapped(f"{what}, continued by reflection · {title}", figure))
-    return figure
+    return _titled(figure, f"{what}, continued by reflection · {title}")
 
 
 # ----------------------------------------------------------------------------- of runs among others
@@ -416,17 +399,17 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
         ValueError: no finished base among the runs.
     """
     table = study_table(runs)
-    base, others = table.iloc[0], table.iloc[1:]
-    figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * max(1, len(others))))
-    for row, (_, other) in enumerate(others.iterrows()):
-        colour = GREY if not other["clear"] else GREEN if other["gain"] > 0 else RED
-        look = {"xerr": other["gain_interval"], "color": colour, "capsize": 3}
-        axes.errorbar(other["gain"], row, fmt="o", **look)
+    base, others, rows = table.iloc[0], table.iloc[1:], max(1, len(table) - 1)
+    figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * rows))
+    colours = np.select([~others["clear"], others["gain"] > 0], [GREY, GREEN], RED)
+    for colour, some in others.groupby(colours):
+        look: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3}
+        axes.errorbar(some["gain"], some.index, xerr=some["gain_interval"], **look)
     if others.empty:
         axes.annotate("no variation is finished yet", (0.5, 0.5), xycoords="axes fraction")
     axes.axvline(0, color=GREY, linestyle="--")
-    axes.set_yticks(range(len(others)), others["variation"] + ", n = " + others["n"].astype(str))
-    axes.set_ylim(max(1, len(others)) - 0.5, -0.5)  # the best on top
+    axes.set_yticks(others.index, others["variation"] + ", n = " + others["n"].astype(str))
+    axes.set_ylim(rows + 0.5, 0.5)  # the best on top
     axes.grid(axis="y", visible=False)
     figure.supxlabel(
         f"validation accuracy less the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
@@ -434,8 +417,7 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
         fontsize=9,
     )
     epochs = counted(table.attrs["epochs"], "epoch")
-    figure.suptitle(_wrapped(f"{title} · {epochs} · {table.attrs['data']}", figure))
-    return figure
+    return _titled(figure, f"{title} · {epochs} · {table.attrs['data']}")
 
 
 @_styled
@@ -456,7 +438,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     comparable = [run for run in runs if run.metrics and run.data_title == "CIFAR-10"]
     reference, others = networks.iloc[0], networks.iloc[1:].dropna(subset=cost)
     figure, axes = plt.subplots(figsize=(10, 5.6))
-    points = [_Point(row[cost], row["accuracy"], row["network"]) for _, row in others.iterrows()]
+    points = [(row[cost], row["accuracy"], row["network"], DIM) for _, row in others.iterrows()]
     axes.scatter(others[cost], others["accuracy"], s=24, color=GREY)
     # A ring, so that none of our runs of the same network hides it.
     ring: dict[str, Any] = {"s": 150, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
@@ -468,9 +450,9 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
         look = {"color": colours[kind, row["data"]], "markersize": 7, "capsize": 4}
         axes.errorbar(row[cost], row["test_acc"], spread, fmt="D", **look)
         label = f"{kind}: {mean_std(row, 'test_acc')}, n = {row['n']}"
-        points.append(_Point(row[cost], row["test_acc"], label, BLACK))
+        points.append((row[cost], row["test_acc"], label, BLACK))
     name = f"reference: {reference['accuracy']:.2f}, epoch chosen on test"
-    points.append(_Point(reference[cost], reference["accuracy"], name, BLACK))
+    points.append((reference[cost], reference["accuracy"], name, BLACK))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -482,7 +464,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     if left_out := len(runs) - len(comparable):
         why = "not finished, or not on the whole of CIFAR-10"
         notes += f" Left out: {counted(left_out, 'run')}, {why}."
-    figure.supxlabel(notes, fontsize=9, color="#444444")
+    figure.supxlabel(notes, fontsize=9, color=DIM)
     _label_points(figure, axes, points[::-1])  # this network first: it gets the best places
     return figure
 
@@ -519,10 +501,15 @@ def _draw_growth(axes: Axes, sides: dict[int, int], colour: Colour, *, named: bo
             axes.text(epoch - 0.5, 1.01, f" {side} px", fontsize=8, color=GREY, transform=place)
 
 
-def _wrapped(title: str, figure: Figure, share: float = 1.0) -> str:
-    """A title in as many lines as its share of the width asks for, broken after a dot or comma."""
+def _titled(figure: Figure, title: str) -> Figure:
+    figure.suptitle(_wrapped(title, figure.get_figwidth()))
+    return figure
+
+
+def _wrapped(title: str, inches: float) -> str:
+    """A title in as many lines as the width asks for, broken after a dot or comma."""
     parts = title.replace(" ", "\xa0").replace("·\xa0", "· ").replace(",\xa0", ", ")
-    letters = int(11 * share * figure.get_figwidth())  # about 11 an inch
+    letters = int(11 * inches)  # about 11 an inch
     lines = textwrap.wrap(parts, letters, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines).replace("\xa0", " ")
 
@@ -543,19 +530,17 @@ def _draw_mosaic(axes: Axes, images: np.ndarray, names: Sequence[str], gap: int 
 
 def _described(policy: augment.Policy) -> str:
     """What may happen to an image, each with its probability, in a line."""
-    what = []
-    if policy.flip:
-        what.append(f"flip ({100 * policy.flip:g} %)")
-    if policy.crop_padding:
-        what.append(f"crop ±{policy.crop_padding} px")
-    if policy.warps:
-        how = f"shift ±{100 * policy.shift:g} %, zoom ±{100 * policy.scale:g} %, "
-        what.append(f"{how}turn ±{policy.rotate:g}° ({100 * policy.affine_p:g} %)")
-    if (policy.crop_padding or policy.warps) and policy.border == "constant":
-        what.append("black borders")
-    if policy.cuts:
-        what.append(f"hole {policy.hole} px ({100 * policy.hole_p:g} %)")
-    return ", ".join(what) or "nothing"
+    warp = f"shift ±{100 * policy.shift:g} %, zoom ±{100 * policy.scale:g} %, "
+    warp += f"turn ±{policy.rotate:g}° ({100 * policy.affine_p:g} %)"
+    black = policy.border == "constant" and (policy.warps or policy.crop_padding)
+    what = {
+        f"flip ({100 * policy.flip:g} %)": policy.flip,
+        f"crop ±{policy.crop_padding} px": policy.crop_padding,
+        warp: policy.warps,
+        "black borders": black,
+        f"hole {policy.hole} px ({100 * policy.hole_p:g} %)": policy.cuts,
+    }
+    return ", ".join(text for text, happens in what.items() if happens) or "nothing"
 
 
 def _field_label(row: pd.Series) -> str:
@@ -575,30 +560,33 @@ def _draw_curves(axes: Axes, run: Run, what: str, look: dict[str, Any]) -> None:
 
 
 def _history_legend(figure: Figure, runs: Sequence[Run], colours: dict[Kind, Colour]) -> None:
-    """One run is named in the title; many are named in a legend, where their colour is."""
+    """Many runs are named in a legend, where their colour is; a single one in the title."""
+    line = functools.partial(Line2D, [], [], color=GREY)
+    named = colours if len(runs) > 1 else {}
+    handles = [line(color=colour, label=_named(runs, kind)) for kind, colour in named.items()]
+    handles.append(line(linestyle="--", label="train, as augmented"))
+    if selected := dict.fromkeys(run.selects_on for run in runs if run.selects_on):
+        label = " and ".join(selected).replace("test", "test (selection!)")
+        handles.append(line(label=label))
+    if any(run.metrics and run.selects_on for run in runs):
+        handles.append(line(marker="*", linestyle="", markersize=11, label="selected epoch"))
+    if any(len(_sides(run)) > 1 for run in runs):
+        handles.append(line(linestyle=":", label="training images grow"))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = len(handles) if len(runs) == 1 else 2 if longest < 72 else 1
+    figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(handles) / columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def _history_title(runs: Sequence[Run]) -> str:
+    """The run, or how many on which data; the rates too, where they are the same for all."""
     first, titles = runs[0], dict.fromkeys(run.data_title for run in runs)
     title = first.title if len(runs) == 1 else f"{len(runs)} runs · {' and '.join(titles)}"
-    if len(colours) == 1:
+    if len(set(map(_kind, runs))) == 1:
         title += f" · highest learning rate {first.recipe['lr']:g}"
         if first.recipe["optimizer"].startswith("muon"):
             title += f", Muon's {first.recipe['muon_lr']:g}"
-    figure.suptitle(_wrapped(title, figure))
-    entries: dict[str, dict[str, Any]] = {}
-    if len(runs) > 1:
-        entries = {_named(runs, kind): {"color": colour} for kind, colour in colours.items()}
-    entries["train, as augmented"] = {"color": GREY, "linestyle": "--"}
-    selected = dict.fromkeys(run.selects_on for run in runs if run.selects_on)
-    if selected:
-        solid = " and ".join(selected).replace("test", "test (selection!)")
-        entries[solid] = {"color": GREY}
-    if any(run.metrics and run.selects_on for run in runs):
-        entries["selected epoch"] = {"color": GREY, "marker": "*", "ls": "", "markersize": 11}
-    if any(len(_sides(run)) > 1 for run in runs):
-        entries["training images grow"] = {"color": GREY, "linestyle": ":"}
-    handles = [Line2D([], [], label=label, **look) for label, look in entries.items()]
-    columns = len(entries) if len(runs) == 1 else 2 if max(map(len, entries)) < 72 else 1
-    figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(entries) / columns))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    return title
 
 
 def _named(runs: Sequence[Run], kind: Kind) -> str:
@@ -614,18 +602,17 @@ def _named(runs: Sequence[Run], kind: Kind) -> str:
 
 def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) -> None:
     """The field in colour, on a logarithmic scale, as its rim is a thousand times weaker."""
-    side, centre = len(field), len(field) // 2
-    shown = field / field.max()
-    image = axes.imshow(shown, cmap="magma", norm=LogNorm(1e-4, 1, clip=True))
+    image = axes.imshow(field / field.max(), cmap="magma", norm=LogNorm(1e-4, 1, clip=True))
     axes.figure.colorbar(image, ax=axes, label="gradient, relative to its peak", shrink=0.85)
-    look: dict[str, Any] = {"fill": False, "linewidth": 1.6}
-    corner, low = (margin - 0.5,) * 2, (centre - theoretical / 2,) * 2
-    square = Rectangle(corner, IMAGE_SIDE, IMAGE_SIDE, edgecolor="white", linestyle="--", **look)
-    axes.add_patch(square).set_label(f"the image, {IMAGE_SIDE} px")
-    square = Rectangle(low, theoretical, theoretical, edgecolor=SKY, **look)
-    axes.add_patch(square).set_label(f"theoretical field, {theoretical} px")
+    for what, side, corner, colour, line in (
+        ("the image", IMAGE_SIDE, margin - 0.5, "white", "--"),
+        ("theoretical field", theoretical, (len(field) - theoretical) / 2, SKY, "-"),
+    ):
+        look: dict[str, Any] = {"edgecolor": colour, "linestyle": line, "linewidth": 1.6}
+        square = Rectangle((corner, corner), side, side, fill=False, **look)
+        axes.add_patch(square).set_label(f"{what}, {side} px")
     axes.legend(loc="upper left", labelcolor="white", frameon=True, facecolor="#222222")
-    axes.set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5), xlabel="px", ylabel="px")
+    axes.set(xlabel="px", ylabel="px")
     axes.grid(False)
 
 
@@ -648,50 +635,29 @@ def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
     axes.legend(loc="lower right")
 
 
-class _Point(NamedTuple):
-    """A point to be named."""
+# Where a name may stand: beside its point, above and below it; then further up and down on its
+# right, at the end of a line that begins at the text's left end.
+_PLACES = [(8, 0, "left", "center"), (-8, 0, "right", "center")]
+_PLACES += [(0, 8, "center", "bottom"), (0, -8, "center", "top")]
+_PLACES += [(12, dy * sign, "left", "center") for dy in range(10, 60, 5) for sign in (1, -1)]
+_LINE = dict(arrowstyle="-", color=GREY, lw=0.6, relpos=(0, 0.5), shrinkA=0, shrinkB=3)
 
-    x: float
-    y: float
-    name: str
-    colour: str = "#555555"
 
-
-def _label_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:
-    """Name each point where its name covers no other: the first free place around it."""
+def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None:
+    """Name each point (x, y, name, colour) at the first place where it covers nothing."""
     figure.draw_without_rendering()  # places are known only once the layout is
-    spots = [axes.transData.transform((point.x, point.y)) for point in points]
+    spots = axes.transData.transform([point[:2] for point in points])
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     frame = axes.get_window_extent()
-    look: dict[str, Any] = {"fontsize": 9, "textcoords": "offset points"}
-    for point in points:
-        for place in _PLACES:
-            how = {"color": point.colour, **look, **place}
-            note = axes.annotate(point.name, (point.x, point.y), **how)
+    look: dict[str, Any] = {"fontsize": 9, "textcoords": "offset points", "arrowprops": _LINE}
+    for x, y, name, colour in points:
+        note: Any = axes.annotate(name, (x, y), (0, 0), color=colour, **look)
+        for dx, dy, ha, va in _PLACES:
+            note.set(position=(dx, dy), ha=ha, va=va)
+            note.arrow_patch.set_visible(dx == 12)
             note.get_window_extent()  # puts the text in its place
             box = Text.get_window_extent(note)  # the text's, without a line to the point
             inside = frame.x0 < box.x0 and box.x1 < frame.x1
-            if inside and not any(box.overlaps(other) for other in taken):
+            if inside and not box.count_overlaps(taken):
                 break
-            if place is not _PLACES[-1]:
-                note.remove()
         taken.append(box)
-
-
-def _place(x: int, y: int, ha: str, va: str, **more: Any) -> dict[str, Any]:
-    return {"xytext": (x, y), "ha": ha, "va": va, **more}
-
-
-# Beside a point, above and below it, and further up and down on its right, at the end of a line
-# that begins at the text's left end.
-_LEADER = dict(arrowstyle="-", color=GREY, lw=0.6, relpos=(0, 0.5), shrinkA=0, shrinkB=3)
-_PLACES = [
-    _place(8, 0, "left", "center"),
-    _place(-8, 0, "right", "center"),
-    _place(0, 8, "center", "bottom"),
-    _place(0, -8, "center", "top"),
-] + [
-    _place(12, sign * dy, "left", "center", arrowprops=_LEADER)
-    for dy in range(10, 60, 5)
-    for sign in (1, -1)
-]
