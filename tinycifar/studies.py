@@ -22,7 +22,6 @@ A net this small leaves most of a GPU idle; on a CPU one-thread runs side by sid
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import threading
@@ -30,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +85,9 @@ def load_study(file: str | Path) -> Study:
         beside = ", ".join(sorted(p.name for p in file.parent.glob("*.yaml"))) or "none"
         raise FileNotFoundError(f"no study at {file}; there: {beside}")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        return _study(file.stem, yaml.load(file.read_text(encoding="utf-8"), _Loader))
     except yaml.YAMLError as error:
         raise ValueError(f"{file.name} is not YAML: {' '.join(str(error).split())}") from error
-    try:
-        return _study(file.stem, content)
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
 
@@ -101,20 +98,16 @@ def _study(name: str, content: object) -> Study:
     if unknown or missing:
         what = f"unknown key {min(unknown, key=str)!r}" if unknown else f"no {min(missing)!r}"
         raise ValueError(f"{what}; a study has {', '.join(sorted(KEYS))}")
-    always = _mapping("always", content.get("always", {}))
-    base = _changed(get_recipe(content["base"]), "always", always, name="base")
-    recipes = [base]
-    for variation, changes in _mapping("variations", content["variations"]).items():
-        recipes.append(_varied(base, variation, _mapping(variation, changes)))
+    base = _changed(get_recipe(content["base"]), "always", content.get("always", {}), name="base")
+    variations = _mapping("variations", content["variations"]).items()
+    recipes = [base, *(_varied(base, variation, changes) for variation, changes in variations)]
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"seeds must be a list of different whole numbers; got {seeds!r}")
-    for seed in seeds:
-        check_seed(seed)
-    return Study(name, str(content["about"]), tuple(recipes), tuple(seeds))
+    return Study(name, str(content["about"]), tuple(recipes), tuple(map(check_seed, seeds)))
 
 
-def _varied(base: Recipe, name: object, changes: dict) -> Recipe:
+def _varied(base: Recipe, name: object, changes: object) -> Recipe:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .-]*", str(name)) or name == "base":
         raise ValueError(
             "a variation's name has letters, digits, spaces, dots and hyphens, and isn't 'base'; "
@@ -126,7 +119,8 @@ def _varied(base: Recipe, name: object, changes: dict) -> Recipe:
     return recipe
 
 
-def _changed(recipe: Recipe, where: str, changes: dict, name: str) -> Recipe:
+def _changed(recipe: Recipe, where: str, changes: object, name: str) -> Recipe:
+    changes = _mapping(where, changes)
     unknown = changes.keys() - {f.name for f in fields(Recipe) if f.name != "name"}
     if unknown:
         raise ValueError(f"{where}: a recipe has no field {min(unknown, key=str)!r} to change")
@@ -199,22 +193,25 @@ def train_many(
         RunError: a run directory holds another run, before anything is run; or some runs failed,
             which are named, and all others are finished; or a process was killed.
     """
-    pairs = _pairs([get_recipe(r) for r in recipes], list(seeds), protocol)
+    pairs = list(product(map(get_recipe, recipes), map(check_seed, seeds)))
+    if not pairs:
+        raise ValueError("nothing to train: give at least one recipe and one seed")
+    for recipe, _ in pairs:
+        check_protocol(recipe, protocol)
     data = dataset if isinstance(dataset, Data) else load(dataset)
-    runs: dict[tuple[Recipe, int], RunDirectory] = {}
+    runs: dict[str, RunDirectory] = {}
+    waiting: dict[tuple[Recipe, int], RunDirectory] = {}
     for recipe, seed in pairs:
         one = settle(recipe, seed=seed, protocol=protocol, dataset=data, device=device)
-        run = RunDirectory(absolute(folder) / one.name)
-        if run.path in {other.path for other in runs.values()}:
+        if one.name in runs:
             raise ValueError(f"two runs would go into {one.name}: name recipes and seeds only once")
+        run = runs[one.name] = RunDirectory(absolute(folder) / one.name)
         if run.kept(one.identity) is None:
             require_teacher(one)
-        runs[recipe, seed] = run
+            waiting[recipe, seed] = run
+        elif progress:
+            print(f"{one.name}  kept: {_outcome(run)}", flush=True)
     jobs, threads = _share_out(len(runs), one.device, jobs)
-    for run in runs.values():
-        if run.is_finished and progress:
-            print(f"{run.path.name}  kept: {_outcome(run)}", flush=True)
-    waiting = {pair: run for pair, run in runs.items() if not run.is_finished}
     # Of a name, each process loads the data; this one has no more use for it.
     source = dataset if isinstance(dataset, Data) else data.name
     del data, one
@@ -226,15 +223,6 @@ def train_many(
     return [run.metrics() for run in runs.values()]
 
 
-def _pairs(recipes: list[Recipe], seeds: list[int], protocol: str) -> list[tuple[Recipe, int]]:
-    if not recipes or not seeds:
-        raise ValueError("nothing to train: give at least one recipe and one seed")
-    for recipe in recipes:
-        check_protocol(recipe, protocol)
-    seeds = [check_seed(seed) for seed in seeds]
-    return [(recipe, seed) for recipe in recipes for seed in seeds]
-
-
 def _train_in_processes(
     waiting: dict[tuple[Recipe, int], RunDirectory],
     jobs: int,
@@ -243,19 +231,20 @@ def _train_in_processes(
     progress: bool,
 ) -> dict[str, BaseException]:
     """Train all that are waiting; returns what stopped those that failed, by their names."""
-    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
     others = set(multiprocessing.active_children())  # the caller's own
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # see the Makefile
     failed: dict[str, BaseException] = {}
+    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
     # A process of its own has the policies as augment.py writes them.
     begin = threads, dict(augment.POLICIES)
     with ProcessPoolExecutor(jobs, context, _begin_worker, begin) as pool:
         futures = {
-            pool.submit(partial(train, recipe, run.path, seed=seed, **settings)): run
+            pool.submit(train, recipe, run.path, seed=seed, **settings): run
             for (recipe, seed), run in waiting.items()
         }
         try:
-            for future in _as_they_end(futures, waiting, progress):
+            epochs = sum(recipe.epochs for recipe, _ in waiting)
+            for future in _ended(futures, epochs, progress):
                 run, error = futures[future], future.exception()
                 if isinstance(error, BrokenProcessPool):  # which ends all others as well
                     raise RunError(
@@ -277,12 +266,11 @@ def _train_in_processes(
 
 def _share_out(runs: int, device: torch.device, jobs: int | None) -> tuple[int, int]:
     """(processes, threads of each)."""
-    if jobs is not None:
-        jobs = check_whole("jobs", jobs, 1, 1024)
+    on_cpu = device.type == "cpu"
     # With a GPU, OMP_NUM_THREADS=1, as clusters set it, shouldn't mean one run at a time.
-    cores = torch.get_num_threads() if device.type == "cpu" else _cores()
-    jobs = jobs or (cores if device.type == "cpu" else min(cores, JOBS_ON_A_GPU))
-    jobs = max(1, min(jobs, runs))
+    cores = torch.get_num_threads() if on_cpu else _cores()
+    most = cores if on_cpu else min(cores, JOBS_ON_A_GPU)
+    jobs = min(runs, most if jobs is None else check_whole("jobs", jobs, 1, 1024))
     return jobs, max(1, cores // jobs)
 
 
@@ -305,29 +293,24 @@ def _begin_worker(threads: int, policies: dict[str, augment.Policy]) -> None:
     torch._inductor.config.compile_threads = threads  # by default a compiler for every core
     parent = multiprocessing.parent_process()
     assert parent is not None
-    sweep_ends = parent.sentinel
 
     def end_with_the_sweep() -> None:
-        multiprocessing.connection.wait([sweep_ends])
+        parent.join()
         os._exit(1)  # safe at any moment, as run directories are
 
     threading.Thread(target=end_with_the_sweep, daemon=True).start()
 
 
-def _as_they_end(
-    futures: dict[Future, RunDirectory],
-    tasks: dict[tuple[Recipe, int], RunDirectory],
-    progress: bool,
-) -> Iterator[Future]:
+def _ended(futures: dict[Future, RunDirectory], epochs: int, progress: bool) -> Iterator[Future]:
     """Yields each future that is done, and draws meanwhile how many epochs of all runs are."""
-    total, waiting = sum(recipe.epochs for recipe, _ in tasks), set(futures)
-    hidden = None if progress else True  # None: unless on a terminal
-    with tqdm(total=total, unit="epoch", disable=hidden) as bar:
+    waiting = set(futures)
+    # None: hidden unless on a terminal.
+    with tqdm(total=epochs, unit="epoch", disable=None if progress else True) as bar:
         while waiting:
             ended, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
             bar.clear()
             yield from ended
-            bar.n = sum(len(run.history()) for run in tasks.values())
+            bar.n = sum(len(run.history()) for run in futures.values())
             bar.refresh()
 
 
