@@ -90,11 +90,11 @@ def test_verification_finds_the_run_that_claims_too_much(monkeypatch, capsys):
     measured = {name: run.metrics[name] for name in ("test_acc", "val_acc")}
     monkeypatch.setattr(publish, "load", lambda name: None)
     monkeypatch.setattr(publish, "measure", lambda *_: measured)
-    publish.verify_runs([run])
+    publish.verify([run])
     assert "differs" not in capsys.readouterr().out
     measured["val_acc"] -= 0.02
     with pytest.raises(RuntimeError, match="results/quick"):
-        publish.verify_runs([run])
+        publish.verify([run])
     assert capsys.readouterr().out.count("<- differs") == 1
 
 

@@ -15,7 +15,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ from tinycifar.recipes import RECIPES
 from tinycifar.weights import load_pretrained
 
 _ROOT = CHECKOUT or Path()
-_TABLE = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
-_VALUE = re.compile(r"(<!--v (.+?)-->)[^<]*(<!--/v-->)")
+_MARKS = (
+    re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL),
+    re.compile(r"(<!--v (.+?)-->)[^<]*(<!--/v-->)"),
+)
 _OPENING = re.compile(r"<!--(?:v .+?| [\w-]+ )-->")
 BENCHMARK = _ROOT / "benchmarks" / "cpu.json"
 STUDIES = RESULTS / "studies"
@@ -79,13 +80,16 @@ def filled(page: str, contents: Mapping[str, str]) -> str:
     Raises:
         ValueError: a mark isn't closed, or names nothing that there is.
     """
-    marks = [mark for pattern in (_TABLE, _VALUE) for mark in pattern.finditer(page)]
-    if len(marks) != len(_OPENING.findall(page)):
+    if sum(len(pattern.findall(page)) for pattern in _MARKS) != len(_OPENING.findall(page)):
         raise ValueError("a page has a mark that isn't closed, <!-- name --> or <!--v name-->")
-    if unknown := {mark[2] for mark in marks} - contents.keys():
-        raise ValueError(f"a page marks {min(unknown)!r}: there is no such table or number")
-    for pattern in (_TABLE, _VALUE):
-        page = pattern.sub(lambda mark: mark[1] + contents[mark[2]] + mark[3], page)
+
+    def renewed(mark: re.Match[str]) -> str:
+        if mark[2] not in contents:
+            raise ValueError(f"a page marks {mark[2]!r}: there is no such table or number")
+        return mark[1] + contents[mark[2]] + mark[3]
+
+    for pattern in _MARKS:
+        page = pattern.sub(renewed, page)
     return page
 
 
@@ -104,7 +108,7 @@ def _tables(runs: list[Run], studies: Studies) -> dict[str, str]:
         "brings": _brings(studies),
         "costs": _costs(studies["architecture"]),
         "choice": analysis.choice_table(_baselines(runs)),
-        "start": analysis.start_table(_starts(runs)),
+        "start": analysis.start_table(_starts(runs) + analysis.published_study("reference")),
         "published": analysis.published_networks().sort_values("parameters"),
         **{name: _study(varied) for name, varied in studies.items()},
     }
@@ -141,23 +145,22 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def accuracies(name: str, row: Mapping[str, Any]) -> dict[str, str]:
     """Mean and standard deviation over seeds, of two both figures, of one nothing."""
-    found = {}
-    for short, column in (("test", "test_acc"), ("val", "val_acc")):
-        mean, n = row[column], row["n"]
+    found, n = {}, row["n"]
+    for part in ("test", "val"):
+        mean = row[f"{part}_acc"]
         if n == 2 and pd.notna(mean):
-            low, high = row[f"{column}_min"], row[f"{column}_max"]
-            found[f"{name}.{short}"] = f"{mean:.2f} % ({low:.2f} and {high:.2f})"
-            found[f"{name}.{short} spread"] = f"{high - low:.2f}"
+            low, high = row[f"{part}_acc_min"], row[f"{part}_acc_max"]
+            found[f"{name}.{part}"] = f"{mean:.2f} % ({low:.2f} and {high:.2f})"
+            found[f"{name}.{part} spread"] = f"{high - low:.2f}"
         elif n > 2 and pd.notna(mean):
-            found[f"{name}.{short}"] = f"{mean:.2f} ± {row[f'{column}_std']:.2f} % (n = {n})"
+            found[f"{name}.{part}"] = f"{mean:.2f} ± {row[f'{part}_acc_std']:.2f} % (n = {n})"
     return found
 
 
 def _published_values() -> dict[str, str]:
-    networks = analysis.published_networks()
     found = {}
-    for row in _rows(networks):
-        name = "reference" if row["network"] == networks["network"].iloc[0] else row["network"]
+    for i, row in enumerate(_rows(analysis.published_networks())):
+        name = row["network"] if i else "reference"
         found[f"{name}.accuracy"] = f"{row['accuracy']:g}"
         if pd.notna(row["multiply_adds"]):
             found[f"{name}.macs"] = f"{row['multiply_adds'] / 1e6:.3g} M"
@@ -189,18 +192,15 @@ def _summary(results: pd.DataFrame) -> pd.DataFrame:
     """Three recipes and the reference, of what runs_table has."""
     kinds = [("tuned", "val"), ("sprint", "val"), ("baseline", "test-selected")]
     kinds.append((results["recipe"].iloc[0], "test-selected"))
-    recipes, protocols = results["recipe"], results["protocol"]
-    shown = pd.concat(results[(recipes == r) & (protocols == p)] for r, p in kinds)
-    test = shown.filter(regex="^test_acc(_(std|min|max))?$")
-    epochs, minutes = (list(shown.filter(regex=f"^{name}_m")) for name in ("epochs", "minutes"))
-    return shown[["recipe", "protocol", "n", *epochs, *test, *minutes]]
+    shown = results.set_index(["recipe", "protocol"], drop=False).loc[kinds]
+    wanted = "recipe|protocol|n|(epochs|minutes)_(min|max)|test_acc(_std|_min|_max)?"
+    return shown.filter(regex=f"^({wanted})$")
 
 
 def _study(runs: list[Run]) -> pd.DataFrame:
     """A study's table, with a note that leaves out what docs/findings.md says once."""
     table = analysis.study_table(runs)
-    data, epochs = table.attrs["data"], table.attrs["epochs"]
-    table.attrs["note"] = f"{data}, {epochs} epochs unless said otherwise."
+    table.attrs["note"] = "{data}, {epochs} epochs unless said otherwise.".format_map(table.attrs)
     return table
 
 
@@ -232,8 +232,7 @@ def _baselines(runs: list[Run]) -> list[Run]:
 
 
 def _starts(runs: list[Run]) -> list[Run]:
-    others = analysis.published_study("reference")
-    return [*_baselines(runs), analysis.published_code_run(), *others]
+    return [*_baselines(runs), analysis.published_code_run()]
 
 
 def _run_line(run: Run) -> str:
@@ -267,8 +266,7 @@ def _figures() -> Iterator[tuple[Path, Figure]]:
     against = analysis.plot_accuracy_vs_cost(presets, "multiply_adds")
     yield RESULTS / "accuracy-multiply-adds.png", against
     yield RESULTS / "reference.png", _plot_baselines(runs)
-    starts = [*_baselines(runs), analysis.published_code_run()]
-    yield RESULTS / "reference-start.png", analysis.plot_start(starts)
+    yield RESULTS / "reference-start.png", analysis.plot_start(_starts(runs))
     for run in runs:
         yield run.folder / "curves.png", analysis.plot_history(run)
     for name, varied in compared_studies().items():
@@ -300,23 +298,22 @@ def compared_studies() -> Studies:
 
 def published_runs() -> list[Run]:
     """All of results/, those of studies included."""
-    folders = [RESULTS, *sorted(folder for folder in STUDIES.iterdir() if folder.is_dir())]
-    return list(chain.from_iterable(map(analysis.find_runs, folders)))
+    return analysis.load_runs(sorted(file.parent for file in RESULTS.rglob("config.json")))
 
 
-def verify() -> None:
-    """Evaluate all published weights on the real images, and compare with their metrics.
+def verify(runs: Iterable[Run] | None = None) -> None:
+    """Evaluate published weights on the real images, and compare with their metrics.
+
+    They may differ by 0.01 % of accuracy or 0.001 of loss.
+
+    Args:
+        runs: None is all of results/.
 
     Raises:
         RuntimeError: some differ; they are named. DataError: CIFAR-10 can't be had.
     """
-    verify_runs(published_runs())
-
-
-def verify_runs(runs: Iterable[Run]) -> None:
-    """`verify` of some runs: they may differ by 0.01 % of accuracy or 0.001 of loss."""
     data, wrong = load("cifar10"), []
-    for run in runs:
+    for run in published_runs() if runs is None else runs:
         name = shown(run.folder)
         if run.metrics is None:
             print(f"{name}: unfinished, not verified")
@@ -324,10 +321,8 @@ def verify_runs(runs: Iterable[Run]) -> None:
         for metric, measured in measure(run, data).items():
             claimed, allowed = run.metrics[metric], 0.001 if metric == "test_loss" else 0.01
             agrees = abs(measured - claimed) <= allowed + 1e-9
-            mark = "" if agrees else "  <- differs"
-            print(
-                f"{name}: {metric} {measured:.4f} measured, {claimed:.4f} claimed{mark}", flush=True
-            )
+            said = f"{name}: {metric} {measured:.4f} measured, {claimed:.4f} claimed"
+            print(said if agrees else f"{said}  <- differs", flush=True)
             if not agrees:
                 wrong.append(str(name))
     if wrong:
