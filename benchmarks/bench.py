@@ -12,9 +12,9 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from contestants import BATCH, DEVICE, SMALL, serve
 from matplotlib.figure import Figure
+from torch.utils.benchmark import Timer
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
 from tinycifar.acceleration import computes_bfloat16
@@ -34,7 +36,13 @@ from tinycifar.publish import speed_table
 
 HERE = Path(__file__).resolve().parent
 SIDE_BY_SIDE = 8  # at most, as each takes 1 to 2 GB
-MOST_MEMORY = "under 1,536 MiB"
+GOALS = {  # of the figures that begin like this
+    "training: ours, compiled": "3x",
+    "share of a step: data": "under 5 %",
+    "launch to first step, eager": "under 15 s",
+    "peak memory": "under 1,536 MiB",
+    "fused inference over plain, one core, batch 1": "1.5x",
+}
 
 
 class Contestant:
@@ -63,15 +71,8 @@ class Contestant:
         answer = self.connection.recv()
         return answer | {"images_per_second": BATCH * steps / answer["seconds"]}
 
-    def turn(self, steps: int, warm_up: int) -> None:
-        """Steps that count, after some that don't: caches are cold, a loader's queue is full."""
-        for count in (warm_up, steps):
-            self.begin(count)
-            turn = self.end(count)
-        self.turns.append(turn)
-
-    def median(self, value: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.median(map(value, self.turns))
+    def rate(self) -> float:
+        return statistics.median(turn["images_per_second"] for turn in self.turns)
 
     def close(self) -> None:
         self.connection.send(0)
@@ -82,7 +83,11 @@ def race(names: list[str], rounds: int, steps: int) -> dict[str, Contestant]:
     contestants = {name: Contestant(name) for name in names}
     for _ in range(rounds):
         for name, contestant in contestants.items():
-            contestant.turn(steps, warm_up=10 if name == "reference" else 3)
+            # First some that don't count: caches are cold, a loader's queue is full.
+            for count in (10 if name == "reference" else 3, steps):
+                contestant.begin(count)
+                turn = contestant.end(count)
+            contestant.turns.append(turn)
     for contestant in contestants.values():
         contestant.close()
     return contestants
@@ -128,44 +133,37 @@ def measured_peak(device: str) -> float:
     images = torch.randn(32, 256, 32, 32, device=device).to(**layout)
     conv = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False, device=device).to(**layout)
     with torch.inference_mode(), full_precision():
-        seconds = median_seconds(lambda: conv(images), device)
+        seconds = median_seconds("conv(images)", torch.get_num_threads(), conv=conv, images=images)
     return 32 * 32 * 32 * conv.weight.numel() / seconds
 
 
 def measured_bandwidth(device: str) -> float:
     """Bytes a second of x + y -> z on arrays far larger than the caches."""
-    x, y, z = (torch.ones(2**26, device=device) for _ in range(3))
-    return 3 * 4 * 2**26 / median_seconds(lambda: torch.add(x, y, out=z), device)
+    arrays = {name: torch.ones(2**26, device=device) for name in "xyz"}
+    add = "torch.add(x, y, out=z)"
+    return 3 * 4 * 2**26 / median_seconds(add, torch.get_num_threads(), **arrays)
 
 
-def median_seconds(function: Callable[[], Any], device: str = "cpu", repeats: int = 9) -> float:
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+def median_seconds(statement: str, threads: int, **names: Any) -> float:
+    timer = Timer(statement, globals={"torch": torch, **names}, num_threads=threads)
+    return timer.blocked_autorange(min_run_time=0.5).median
 
 
 def inference(rounds: int) -> dict[int, float]:
     """How many times as fast the fused network is as the plain one, on one core, by batch size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     layout: Any = {"memory_format": torch.channels_last}
     plain = NetCIFAR10_Tiny().eval().to(**layout)
-    seconds: dict[tuple[int, bool], list[float]] = {}
+    networks, ratios = (plain, fuse(plain)), {}
     with torch.inference_mode():
-        for _ in range(rounds):
-            for size, repeats in ((256, 3), (1, 100)):
-                images = torch.randn(size, 3, 32, 32).to(**layout)
-                for net in (plain, fuse(plain)):
-                    once = median_seconds(lambda net=net, x=images: net(x), repeats=repeats)
-                    seconds.setdefault((size, net is plain), []).append(once)
-    torch.set_num_threads(threads)
-    median = {key: statistics.median(values) for key, values in seconds.items()}
-    return {size: median[size, True] / median[size, False] for size in (1, 256)}
+        for size in (1, 256):
+            x = torch.randn(size, 3, 32, 32).to(**layout)
+            seconds = [
+                [median_seconds("net(x)", 1, net=net, x=x) for net in networks]
+                for _ in range(rounds)
+            ]
+            in_plain, in_fused = pd.DataFrame(seconds).median()
+            ratios[size] = in_plain / in_fused
+    return ratios
 
 
 # --------------------------------------------------------------------------------------- report
@@ -173,56 +171,44 @@ def inference(rounds: int) -> dict[int, float]:
 
 def measure(rounds: int, steps: int) -> dict[str, Any]:
     """All figures, as `publish.speed_table` shows them, and the single turns behind them."""
-    fast = DEVICE.type == "cuda" or computes_bfloat16()
     ways = {"float32": "ours", "bfloat16": "ours-bfloat16", f"batches of {SMALL}": "ours-small"}
-    if not fast:
+    if DEVICE.type == "cpu" and not computes_bfloat16():
         del ways["bfloat16"]  # it would take a quarter of an hour, to no end
     runs = race(["reference", "ours-eager", *ways.values()], rounds, steps)
-    rates = {name: run.median(lambda t: t["images_per_second"]) for name, run in runs.items()}
+    ours, eager, reference = runs["ours"], runs["ours-eager"], runs["reference"].rate()
+
+    figures = {"training: the reference's loop": f"{reference:.0f} images/s"}
+    figures["training: ours, eager, float32"] = f"{eager.rate() / reference:.2f}x"
+    for how, name in ways.items():
+        figures[f"training: ours, compiled, {how}"] = f"{runs[name].rate() / reference:.2f}x"
     count = min(torch.get_num_threads(), SIDE_BY_SIDE)
-    together = {
-        how: side_by_side(f"{name}-one-thread", count, rounds, steps) for how, name in ways.items()
-    }
-    ours, reference = runs["ours"], rates["reference"]
-    parts = {
-        part: ours.median(lambda t, part=part: t["parts"][part] / t["seconds"])
-        for part in ours.turns[0]["parts"]  # where steps can be told apart; see contestants.Clock
-    }
+    for how, name in ways.items():
+        rate = side_by_side(f"{name}-one-thread", count, rounds, steps)
+        figures[f"{count} one-thread runs side by side: {how}"] = f"{rate / reference:.2f}x"
+    # None where steps can't be told apart; see contestants.steps.
+    laps = pd.DataFrame([turn["parts"] for turn in ours.turns])
+    parts = laps.div([turn["seconds"] for turn in ours.turns], axis=0).median().to_dict()
+    for part, share in parts.items():
+        figures[f"share of a step: {part}"] = f"{share:.1%}"
     bound, floor = max(roofline().items(), key=lambda item: item[1])
-    eager = runs["ours-eager"]
-    figures = [
-        ("training: the reference's loop", f"{reference:.0f} images/s", ""),
-        ("training: ours, eager, float32", f"{rates['ours-eager'] / reference:.2f}x", ""),
-        *(
-            (f"training: ours, compiled, {how}", f"{rates[name] / reference:.2f}x", "3x")
-            for how, name in ways.items()
-        ),
-        *(
-            (f"{count} one-thread runs side by side: {how}", f"{rate / reference:.2f}x", "")
-            for how, rate in together.items()
-        ),
-        *(
-            (f"share of a step: {part}", f"{share:.1%}", "under 5 %" if "data" in part else "")
-            for part, share in parts.items()
-        ),
-        (f"share of the roofline ({bound} bounds)", f"{floor * rates['ours'] / BATCH:.0%}", ""),
-        ("launch to first step, eager", f"{eager.seconds_to_first_step:.1f} s", "under 15 s"),
-        ("launch to first step, compiled", f"{ours.seconds_to_first_step:.1f} s", ""),
-        *(
-            (f"peak memory: {how}", f"{runs[name].turns[-1]['peak_memory_mib']:,} MiB", MOST_MEMORY)
-            for how, name in ways.items()
-        ),
-        *(
-            (f"fused inference over plain, one core, batch {size}", f"{ratio:.2f}x", goal)
-            for (size, ratio), goal in zip(inference(rounds).items(), ("1.5x", ""), strict=True)
-        ),
-    ]
+    share = floor * ours.rate() / BATCH
+    figures[f"share of the roofline ({bound} bounds)"] = f"{share:.0%}"
+    figures["launch to first step, eager"] = f"{eager.seconds_to_first_step:.1f} s"
+    figures["launch to first step, compiled"] = f"{ours.seconds_to_first_step:.1f} s"
+    for how, name in ways.items():
+        figures[f"peak memory: {how}"] = f"{runs[name].turns[-1]['peak_memory_mib']:,} MiB"
+    for size, ratio in inference(rounds).items():
+        figures[f"fused inference over plain, one core, batch {size}"] = f"{ratio:.2f}x"
+
     return {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "batch_size": BATCH,
         "rounds": rounds,
-        "figures": [dict(zip(("figure", "measured", "goal"), f, strict=True)) for f in figures],
+        "figures": [
+            {"figure": figure, "measured": measured, "goal": goal(figure)}
+            for figure, measured in figures.items()
+        ],
         "images_per_second_by_turn": {
             name: [turn["images_per_second"] for turn in run.turns] for name, run in runs.items()
         },
@@ -230,15 +216,17 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
     }
 
 
+def goal(figure: str) -> str:
+    return next((goal for start, goal in GOALS.items() if figure.startswith(start)), "")
+
+
 def machine() -> dict[str, Any]:
     """What was measured on."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else name
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return {
-        "processor": name,
+        "processor": names[0] if names else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
@@ -249,22 +237,18 @@ def machine() -> dict[str, Any]:
 
 def plot(result: dict[str, Any]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    turns = result["images_per_second_by_turn"]
-    reference = statistics.median(turns["reference"])
-    for y, (name, rates) in enumerate(turns.items()):
-        ratio = statistics.median(rates) / reference
-        left.barh(y, ratio, color="0.6" if name == "reference" else "C0", height=0.6)
-        left.plot([rate / reference for rate in rates], [y] * len(rates), "k.", ms=4)
-        left.text(ratio, y + 0.36, f"{ratio:.2f}x", va="bottom", ha="right", fontsize=9)
-    left.set_yticks(range(len(turns)), [name.replace("-", ", ") for name in turns])
-    left.set(xlabel="training images/s, over the reference's loop", ylim=(-0.5, len(turns) - 0.2))
-    start = 0.0
-    for part, share in result["share_of_step"].items():
-        right.barh(0, 100 * share, left=start, height=0.5, label=part)
-        start += 100 * share
+    turns = pd.DataFrame(result["images_per_second_by_turn"])
+    ratios = turns / turns["reference"].median()
+    names = [name.replace("-", ", ") for name in ratios]
+    bars = left.barh(names, ratios.median(), height=0.6, color=["0.6"] + ["C0"] * (len(names) - 1))
+    left.bar_label(bars, fmt="%.2fx", label_type="center", color="white", fontsize=9)
+    left.plot(ratios.T, names, "k.", ms=4)
+    left.set(xlabel="training images/s, over the reference's loop")
+    if shares := result["share_of_step"]:  # not of a GPU
+        pd.DataFrame([shares]).mul(100).plot.barh(stacked=True, ax=right)
+        right.legend(loc="upper center", ncols=2, frameon=False, fontsize=9)
     right.set(xlabel="share of our compiled step in float32, %", yticks=[])
     right.set(ylim=(-0.5, 1.2), xlim=(0, 100))
-    right.legend(loc="upper center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(f"{result['machine']['processor']}, {result['date']}", fontsize=10)
     return figure
 
