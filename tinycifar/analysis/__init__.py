@@ -10,17 +10,8 @@
 Figures say in their title on which data they rest. Nothing here trains, and nothing here writes.
 """
 
-from tinycifar.analysis import figures, measures, presentation, runs, tables
 from tinycifar.analysis.figures import *  # noqa: F403
 from tinycifar.analysis.measures import *  # noqa: F403
 from tinycifar.analysis.presentation import *  # noqa: F403
 from tinycifar.analysis.runs import *  # noqa: F403
 from tinycifar.analysis.tables import *  # noqa: F403
-
-__all__ = [
-    *figures.__all__,
-    *measures.__all__,
-    *presentation.__all__,
-    *runs.__all__,
-    *tables.__all__,
-]

@@ -164,18 +164,14 @@ def effective_receptive_field(
     total = torch.zeros(shape[1:3], dtype=torch.float64)
     last: list[Tensor] = []
     gap: Any = model.gap
-    hook = gap.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
-    try:
-        with eval_mode(model):
-            for part in torch.as_tensor(images).split(chunk):
-                pixels = normalise(part.to(device)).requires_grad_()
-                model(pixels)
-                features = last.pop()
-                centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
-                (gradient,) = torch.autograd.grad(centre.sum(), pixels)
-                total += gradient.abs().cpu().double().sum(dim=(0, 1))
-    finally:
-        hook.remove()
+    with eval_mode(model), gap.register_forward_pre_hook(lambda _, x: last.append(x[0])):
+        for part in torch.as_tensor(images).split(chunk):
+            pixels = normalise(part.to(device)).requires_grad_()
+            model(pixels)
+            features = last.pop()
+            centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
+            (gradient,) = torch.autograd.grad(centre.sum(), pixels)
+            total += gradient.abs().cpu().double().sum(dim=(0, 1))
     return (total / (3 * len(images))).numpy()
 
 

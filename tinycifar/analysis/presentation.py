@@ -117,11 +117,11 @@ def show_source(thing: Callable[..., Any] | type) -> None:
 
 def presented(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame as it is read: text throughout, headings instead of names."""
-    named = "field" in frame  # recipes_table: the other columns are called by whoever trained
-    cells = {n if named and n != "field" else _heading(n): _cells(frame, n) for n in _shown(frame)}
-    table = pd.DataFrame(cells, index=frame.index, dtype="str")
+    rows: list[Any] = frame.to_dict("records")
+    table = pd.DataFrame({n: [_cell(row, n) for row in rows] for n in _shown(frame)}, dtype="str")
+    table = table.rename(columns={"field": ""} if "field" in frame else _heading)
     if not frame.attrs.get("vertical"):
-        return table.reset_index(drop=True)
+        return table
     names = table.pop(table.columns[0])
     return table.T.set_axis(names, axis=1).rename_axis("").reset_index()
 
@@ -136,17 +136,10 @@ def mean_std(row: Mapping[str, Any] | pd.Series, name: str, form: str = "{:.2f}"
     return form.format(mean) + both
 
 
-def _shown(frame: pd.DataFrame) -> Iterator[str]:
+def _shown(frame: pd.DataFrame) -> list[str]:
     """The names of what becomes a column: not those that are shown within another."""
-    ranges = []
-    for name in map(str, frame):
-        stem = name[:-4] if name.endswith(SUFFIXES) else None
-        if stem is not None and f"{stem}_min" in frame:
-            if stem not in frame and stem not in ranges:
-                ranges.append(stem)
-                yield stem
-        elif name not in _WITHIN_OTHERS:
-            yield name
+    names = [name[:-4] if name.endswith(SUFFIXES) else name for name in map(str, frame)]
+    return [name for name in dict.fromkeys(names) if name not in _WITHIN_OTHERS]
 
 
 def _heading(name: str) -> str:
@@ -157,11 +150,6 @@ def _heading(name: str) -> str:
 def _format(name: str) -> str:
     fits = (form for end, form in _FORMATS.items() if re.fullmatch(f"(.*_)?({end})", name))
     return next(fits, "")
-
-
-def _cells(frame: pd.DataFrame, name: str) -> list[str]:
-    rows: list[Any] = frame.to_dict("records")
-    return [_cell(row, name) for row in rows]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

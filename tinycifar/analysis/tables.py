@@ -30,6 +30,7 @@ __all__ = [
     "separable_table", "start_table", "study_table",
 ]  # fmt: skip
 
+_COSTS = ["parameters", "multiply_adds"]
 STATISTICS = {"": "mean", "_std": "std", "_min": "min", "_max": "max"}  # by a column's suffix
 
 # ------------------------------------------------------------------------------------ of recipes
@@ -96,37 +97,37 @@ def metrics_table(runs: Run | Iterable[Run], times: bool = False) -> pd.DataFram
     runs = as_list(runs)
     if not runs:
         raise ValueError("there is no run to show: pass one or more, as load_run gives them")
-    table = pd.DataFrame([_metrics(run) for run in runs]).astype(dict.fromkeys(_MEASURED, float))
+    table = pd.DataFrame(map(_metrics, runs)).reindex(columns=[*_COLUMNS, *_MEASURED, *_TIMES])
+    table = table.astype(dict.fromkeys(_MEASURED, float))
     for name in ("val_acc", "val_loss"):  # those of test-selected were measured on test
         table[name] = table[name].where(table["selects_on"] == "validation")
     if not times:
-        table = table.drop(columns=["minutes", *_WHERE])
+        table = table.drop(columns=_TIMES)
     table.attrs["vertical"] = True
     return table
 
 
-_MEASURED = ("train_acc", "val_acc", "val_loss", "test_acc", "test_loss", "test_acc_tta")
-_WHERE = ("images_per_second", "device", "torch", "git_commit")
+_COLUMNS = ["run", "recipe", "data", "protocol", "seed", "train_images", "selection_images"]
+_COLUMNS += ["test_images", *_COSTS, "epochs", "epochs_planned", "selects_on", "best_epoch"]
+_MEASURED = ["train_acc", "val_acc", "val_loss", "test_acc", "test_loss", "test_acc_tta"]
+_TIMES = ["minutes", "images_per_second", "device", "torch", "git_commit"]
 
 
 def _metrics(run: Run) -> dict[str, Any]:
-    metrics, split, nan = run.metrics or {}, run.config.get("split", {}), np.nan
-    return {
+    metrics = run.metrics or {}
+    return metrics | {
         "run": run.name,
         "recipe": run.recipe["name"],
         "data": run.data_title,
         "protocol": run.protocol,
         "seed": run.config["seed"],
-        **{f"{part}_images": split.get(part, nan) for part in ("train", "selection", "test")},
-        "parameters": metrics.get("params", nan),
-        "multiply_adds": metrics.get("macs", nan),
+        **{f"{part}_images": n for part, n in run.config.get("split", {}).items()},
+        "parameters": metrics.get("params"),
+        "multiply_adds": metrics.get("macs"),
         "epochs": run.epochs,
         "epochs_planned": run.recipe["epochs"],
         "selects_on": run.selects_on,
-        "best_epoch": metrics.get("best_epoch", nan),
-        **{name: metrics.get(name) for name in _MEASURED},
-        "minutes": metrics.get("seconds_train", nan) / 60,
-        **{name: metrics.get(name) for name in _WHERE},
+        "minutes": metrics.get("seconds_train", np.nan) / 60,
     }
 
 
@@ -306,16 +307,16 @@ def drops_table(run: Run) -> pd.DataFrame:
     lr = run.history["lr"]
     stretches = run.history.groupby(lr.ne(lr.shift()).cumsum())
     table = stretches.agg(
-        **_range("epoch"),
+        epochs_min=("epoch", "min"),
+        epochs_max=("epoch", "max"),
         lr=("lr", "first"),
         train_acc=("train_acc", "last"),
         highest_acc=("val_acc", "max"),
-    ).rename(columns={"epoch_min": "epochs_min", "epoch_max": "epochs_max"})
+    )
     accuracy = stretches["val_acc"]
     table["jump_at_drop"] = accuracy.first() - accuracy.last().shift()
     table["gain_of_highest"] = table["highest_acc"] - table["highest_acc"].cummax().shift()
-    table = table.astype({"epochs_min": int, "epochs_max": int})
-    if not len(table):
+    if not run.epochs:
         return _noted(table, f"The run {run.name} hasn't finished an epoch.")
     return _noted(table, f"{run.title}. Accuracies in training, and on {run.selects_on}.")
 
@@ -399,24 +400,23 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
         BatchNorm), channels, side (of its square output), activations (the values it puts out),
         parameters, multiply_adds, parameters_share, multiply_adds_share; shares in percent.
     """
-    rows = [
+    table = pd.DataFrame(layer_costs(model))
+    shape, layers = table["out_shape"].str, map(model.get_submodule, table["name"])
+    table = pd.DataFrame(
         {
-            "layer": cost.name,
-            "stage": cost.name.split(".")[0],
-            "kind": _kind(model.get_submodule(cost.name)),
-            "channels": cost.out_shape[0],
-            "side": cost.out_shape[1],
-            "activations": math.prod(cost.out_shape),
-            "parameters": cost.params,
-            "multiply_adds": cost.macs,
+            "layer": table["name"],
+            "stage": table["name"].str.split(".").str[0],
+            "kind": list(map(_kind, layers)),
+            "channels": shape[0],
+            "side": shape[1],
+            "activations": table["out_shape"].map(math.prod),
+            "parameters": table["params"],
+            "multiply_adds": table["macs"],
         }
-        for cost in layer_costs(model)
-    ]
-    table = pd.DataFrame(rows)
-    params, macs = table["parameters"], table["multiply_adds"]
-    shares = {"parameters_share": 100 * params / params.sum()}
-    table = table.assign(**shares, multiply_adds_share=100 * macs / macs.sum())
-    return _noted(table, f"In all {params.sum():,} parameters, {macs.sum():,} multiply-adds.")
+    )
+    sums = table[_COSTS].sum()
+    table = table.join((100 * table[_COSTS] / sums).add_suffix("_share"))
+    return _noted(table, "In all {:,} parameters, {:,} multiply-adds.".format(*sums))
 
 
 def _kind(layer: nn.Module) -> str:
@@ -434,8 +434,7 @@ def field_table(model: nn.Module) -> pd.DataFrame:
         layer, kernel, stride, dilation, side (of its output), jump, receptive_field.
     """
     names = {"name": "layer", "size": "side", "field": "receptive_field"}
-    table = pd.DataFrame([asdict(field) for field in receptive_field(model)])
-    return _noted(table.rename(columns=names))
+    return _noted(pd.DataFrame(receptive_field(model)).rename(columns=names))
 
 
 def separable_table(model: nn.Module) -> pd.DataFrame:
@@ -454,20 +453,17 @@ def separable_table(model: nn.Module) -> pd.DataFrame:
         note = "This network has no separable block: every convolution is a standard one."
         return _noted(pd.DataFrame(), note)
     layers = layer_table(model).set_index("layer")
-    parts = ("dw", "bn_dw", "pw")
-    dw, bn, pw = (layers.loc[[f"{b}.{part}" for b in blocks]].reset_index() for part in parts)
-    table = pd.DataFrame({"block": blocks, "c_in": dw["channels"], "c_out": pw["channels"]})
-    these: dict[str, Any] = {"block": "these blocks"}
-    whole: dict[str, Any] = {"block": "whole network"}
-    for what in ("parameters", "multiply_adds"):
-        table[what], standard = dw[what] + pw[what], f"standard_{what}"
-        table[standard] = 9 * pw[what]
-        these |= {what: table[what].sum(), standard: table[standard].sum()}
+    dw, bn, pw = (layers.loc[[f"{b}.{p}" for b in blocks]] for p in ("dw", "bn_dw", "pw"))
+    table = pd.DataFrame({"block": [*blocks, "these blocks", "whole network"]})
+    table["c_in"], table["c_out"] = pd.Series(dw["channels"].array), pd.Series(pw["channels"].array)
+    for what in _COSTS:
+        own, standard = dw[what].to_numpy() + pw[what].to_numpy(), 9 * pw[what].to_numpy()
+        whole = layers[what].sum()
         # A standard block has one BatchNorm, a separable one a second, after its depthwise half.
-        more = these[standard] - these[what] - bn[what].sum()
-        whole |= {what: layers[what].sum(), standard: layers[what].sum() + more}
-    table = pd.concat([table, pd.DataFrame([these, whole])])
-    for what in ("parameters", "multiply_adds"):
+        instead = whole - own.sum() - bn[what].sum() + standard.sum()
+        table[what] = [*own, own.sum(), whole]
+        table[f"standard_{what}"] = [*standard, standard.sum(), instead]
+    for what in _COSTS:
         table[f"times_fewer_{what}"] = table[f"standard_{what}"] / table[what]
     return _noted(table)
 
@@ -485,21 +481,13 @@ def dilation_table(**options: Any) -> pd.DataFrame:
     rows = []
     for label, dilated in (("with dilation", True), ("without", False)):
         model = NetCIFAR10_Tiny(**options | {"dilated": dilated})
-        last, layers = receptive_field(model)[-1], layer_table(model)
+        last, costs = receptive_field(model)[-1], layer_table(model)[_COSTS].sum()
         # Position i is centred on pixel i * jump, with padding that keeps the size.
         reach, centres = last.field // 2, np.arange(last.size) * last.jump
-        along_a_side = ((centres <= reach) & (centres >= 31 - reach)).sum()
-        rows.append(
-            {
-                "network": label,
-                "receptive_field": last.field,
-                "sees_all": int(along_a_side) ** 2,
-                "positions": last.size**2,
-                "parameters": layers["parameters"].sum(),
-                "multiply_adds": layers["multiply_adds"].sum(),
-            }
-        )
-    return _noted(pd.DataFrame(rows))
+        along_a_side = int(((centres <= reach) & (centres >= 31 - reach)).sum())
+        rows.append((label, last.field, along_a_side**2, last.size**2, *costs))
+    columns = ["network", "receptive_field", "sees_all", "positions", *_COSTS]
+    return _noted(pd.DataFrame(rows, columns=columns))
 
 
 # ------------------------------------------------------------------------------- of augmentation
