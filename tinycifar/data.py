@@ -157,10 +157,9 @@ def split(
 
     # Sorting random keys, where `permutation` would do, since NumPy may change the latter's stream.
     order = np.argsort(np.random.default_rng(seed).random(len(labels)), kind="stable")
-    chosen = np.zeros(len(labels), dtype=bool)
-    for name, k in zip(classes, quota, strict=True):
-        chosen[order[labels[order] == name][:k]] = True
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    quotas = zip(classes, quota, strict=True)
+    val = np.concatenate([order[labels[order] == name][:k] for name, k in quotas])
+    return np.setdiff1d(np.arange(len(labels)), val), np.sort(val)
 
 
 class DataSplits:
