@@ -14,14 +14,12 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 # What is heavy, torch above all, is imported by the verb that needs it: help is there at once.
-if TYPE_CHECKING:
-    from tinycifar.studies import Study
-
 app = typer.Typer(
     help="Train, judge and use tiny networks for CIFAR-10.",
     epilog="Options may also be given in the environment: TINYCIFAR_SEED=1.",
@@ -40,9 +38,8 @@ def _argument(name: str, help: str) -> Any:
 
 def literal(text: Any) -> Any:
     """What a parameter's text means: a value of Python or JSON; else the text itself."""
-    named = {"true": True, "false": False, "null": None}  # not "none", which is a policy
-    for read in (lambda text: named[text.lower()], ast.literal_eval, json.loads):
-        with suppress(KeyError, ValueError, SyntaxError, TypeError):
+    for read in (ast.literal_eval, json.loads):
+        with suppress(ValueError, SyntaxError, TypeError):
             return read(str(text))
     return text
 
@@ -125,7 +122,6 @@ def sweep(
     jobs: Annotated[int | None, _option("JOBS", "runs at once  [one a core; on a GPU 8]")] = None,
 ) -> None:
     """Train recipes with seeds, or a study, several runs at once."""
-    from tinycifar.paths import absolute
     from tinycifar.studies import load_study, train_many
 
     more: dict[str, Any] = {"dataset": dataset, "device": device, "jobs": jobs}
@@ -138,23 +134,21 @@ def sweep(
             "a study names its own recipes and seeds, under val: leave out RECIPES, SEEDS, PROTOCOL"
         )
     chosen = load_study(study)
-    into = absolute(folder) if folder else chosen.folder
+    into = Path(folder or f"runs/{chosen.name}")
     try:
         train_many(chosen.recipes, chosen.seeds, folder=into, **more)
     finally:  # if some runs failed, of the others
-        _print_table(chosen, into)
+        _print_table(chosen.about, into, {recipe.name for recipe in chosen.recipes})
 
 
-def _print_table(study: Study, folder: Any) -> None:
+def _print_table(about: str, folder: Path, names: set[str]) -> None:
     from tinycifar import analysis  # matplotlib, which the runs do without
 
-    names = {recipe.name for recipe in study.recipes}
     try:
-        runs = analysis.find_runs(folder) if folder.is_dir() else []
-        runs = [run for run in runs if run.metrics and run.config["recipe"]["name"] in names]
-        if any(run.config["recipe"]["name"] == "base" for run in runs):
-            print(f"\n{study.about}\n\n{analysis.markdown(analysis.study_table(runs))}")
-    except ValueError as error:  # a damaged run; what the sweep itself ended with matters more
+        runs = analysis.find_runs(folder)
+        table = analysis.study_table(run for run in runs if run.recipe["name"] in names)
+        print(f"\n{about}\n\n{analysis.markdown(table)}")
+    except (OSError, ValueError) as error:  # no run of the base yet, or a damaged one
         print(f"no table: {error}")
 
 

@@ -58,12 +58,12 @@ def run_notebooks(
     """
     names = list(names)
     declared = {name: _declared_parameters(name) for name in names}
-    given = {**SETTINGS, **(settings or {})}, dict(extra or {})
+    given = {**SETTINGS, **(settings or {}), "run_dir": run_dir}, dict(extra or {})
     if "torch" in sys.modules:
-        folder, parameters = _settle(declared, run_dir, *given)
+        folder, parameters = _settle(declared, *given)
     else:  # in a process that ends: the kernels have better use for the 0.4 GB that torch takes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            folder, parameters = pool.submit(_settle, declared, run_dir, *given).result()
+            folder, parameters = pool.submit(_settle, declared, *given).result()
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time() - 1  # the times of files are coarse
     warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
@@ -101,10 +101,7 @@ def _declared_parameters(name: str) -> set[str]:
 
 
 def _settle(
-    declared: dict[str, set[str]],
-    run_dir: str | Path | None,
-    settings: Parameters,
-    extra: Parameters,
+    declared: dict[str, set[str]], settings: Parameters, extra: Parameters
 ) -> tuple[Path, dict[str, Parameters]]:
     """The run directory, and the parameters of each notebook; both checked."""
     from tinycifar.checks import check_choice
@@ -119,7 +116,7 @@ def _settle(
     if unknown := sorted(extra.keys() - valid - recipes - SETTINGS.keys() - {"run_dir"}):
         choice = ", ".join(sorted(valid | recipes))
         raise ValueError(f"no parameter {unknown[0]!r} in {', '.join(declared)}; valid: {choice}")
-    given: Parameters = {"run_dir": run_dir, "changes": {}} | settings | extra
+    given = {"changes": {}, **settings, **extra}
     if given["force"] not in (0, 1):  # True and False are these two
         raise ValueError(f"force must be 0 or 1, not {given['force']!r}")
     given["force"] = bool(given["force"])

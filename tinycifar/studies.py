@@ -67,11 +67,6 @@ class Study:
     recipes: tuple[Recipe, ...]
     seeds: tuple[int, ...]
 
-    @property
-    def folder(self) -> Path:
-        """Where its run directories go."""
-        return absolute("runs") / self.name
-
 
 def load_study(file: str | Path) -> Study:
     """Read and check a study, a relative path as in `paths.absolute`.
