@@ -28,6 +28,7 @@ from tinycifar.paths import RESULTS
 from tinycifar.recipes import RECIPES, Recipe, get_recipe
 from tinycifar.run_directory import HISTORY_COLUMNS
 from tinycifar.training import train
+from tinycifar.weights import load_pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +187,7 @@ def test_a_run_before_its_first_epoch(write_run):
 
 
 def test_predictions_on_validation_and_test(trained, tiny):
-    model, (_, held_back) = analysis.load_model(trained), datasets.split(tiny.train_labels)
+    model, (_, held_back) = load_pretrained(trained.folder), datasets.split(tiny.train_labels)
     parts = {
         "validation": (tiny.train_images[held_back], tiny.train_labels[held_back]),
         "test": (tiny.test_images, tiny.test_labels),
@@ -480,7 +481,7 @@ def test_the_fit_table_evaluates_what_was_trained_on(trained, tiny, write_run):
     assert augmented_["loss"] == trained.history["train_loss"][best - 1]
     index = datasets.split(tiny.train_labels)[0][:40]  # as many as there are test images
     images, labels = tiny.train_images[index], tiny.train_labels[index]
-    loss, accuracy = evaluate(analysis.load_model(trained), images, labels, trained.stats)
+    loss, accuracy = evaluate(load_pretrained(trained.folder), images, labels, trained.stats)
     assert (plain["n_images"], plain["accuracy"], plain["loss"]) == (40, accuracy, loss)
     assert (validation["accuracy"], test["loss"]) == (metrics["val_acc"], metrics["test_loss"])
     gap = f"{accuracy - metrics['test_acc']:+.2f} points"

@@ -9,6 +9,7 @@ from tinycifar import analysis, publish
 from tinycifar.evaluation import evaluate
 from tinycifar.paths import RESULTS
 from tinycifar.run_directory import PRETRAINED
+from tinycifar.weights import load_pretrained
 
 PAGE = "a\n<!-- x -->\nold\n<!-- /x -->\nb <!--v y.z-->1<!--/v--> % and <!--v y.z-->2\n3<!--/v-->."
 
@@ -72,7 +73,7 @@ def test_the_speed_table_shows_every_figure():
 def test_published_weights_reach_the_published_accuracy(real):
     run = analysis.load_run("tuned")
     test = real.test_images, real.test_labels
-    loss, accuracy = evaluate(analysis.load_model(run), *test, run.stats)
+    loss, accuracy = evaluate(load_pretrained(run.folder), *test, run.stats)
     assert accuracy == pytest.approx(run.metrics["test_acc"], abs=0.01)
     assert loss == pytest.approx(run.metrics["test_loss"], abs=1e-4)
 

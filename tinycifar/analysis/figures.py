@@ -30,7 +30,6 @@ from tinycifar.analysis.runs import (
     Run,
     as_list,
     counted,
-    load_model,
     protocol_title,
     published_networks,
 )
@@ -39,6 +38,7 @@ from tinycifar.checks import check_choice, check_whole
 from tinycifar.costs import receptive_field
 from tinycifar.data import Data, channel_stats
 from tinycifar.recipes import Recipe
+from tinycifar.weights import load_pretrained
 
 __all__ = [
     "plot_accuracy_vs_cost", "plot_augmentations", "plot_class_counts", "plot_confusion",
@@ -63,16 +63,15 @@ STYLE = {
     "axes.prop_cycle": plt.cycler(color=COLOURS),
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 11,
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08,
+    "figure.labelsize": 9,
+    "figure.titlesize": 12,
+    "font.size": 9,
     "grid.alpha": 0.3,
-    "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
 }
 
 
@@ -180,7 +179,7 @@ def plot_receptive_field(model: nn.Module) -> Figure:
         label = f"the same without dilation: up to {undilated.max()} px"
         axes.hlines(undilated, table.index - 0.35, table.index + 0.35, BLACK, lw=2, label=label)
     axes.axhline(IMAGE_SIDE, color=BLACK, linestyle="--", linewidth=1)
-    axes.text(3, IMAGE_SIDE + 0.7, f"side of an image: {IMAGE_SIDE} px", fontsize=9)
+    axes.text(3, IMAGE_SIDE + 0.7, f"side of an image: {IMAGE_SIDE} px")
     axes.set_xticks(table.index, table.apply(_field_label, axis=1), fontsize=8, va="top")
     axes.grid(axis="x", visible=False)
     axes.set(ylim=(0, max(IMAGE_SIDE, last) * 1.12), ylabel="receptive field, px")
@@ -280,7 +279,7 @@ def plot_confusion(predictions: Predictions) -> Figure:
     image = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=highest)
     for i, j in np.argwhere(counts):
         colour = "white" if i != j and shares[i, j] > 0.6 * highest else "black"
-        axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour, fontsize=9)
+        axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.grid(False)
@@ -373,7 +372,7 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
         source: a run, or a network; a network without `mean` and `std` gets those of the data.
     """
     check_whole("n", n, 1)
-    model: Any = load_model(source) if isinstance(source, Run) else source
+    model: Any = load_pretrained(source.folder) if isinstance(source, Run) else source
     title = source.title if isinstance(source, Run) else data.title
     stats = channel_stats(data.train_images)
     mean, std = (getattr(model, name, None) or getattr(stats, name) for name in ("mean", "std"))
@@ -413,8 +412,7 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     axes.grid(axis="y", visible=False)
     figure.supxlabel(
         f"validation accuracy less the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
-        "points\nbars: 95 % intervals; green: better, red: worse, grey: within noise",
-        fontsize=9,
+        "points\nbars: 95 % intervals; green: better, red: worse, grey: within noise"
     )
     epochs = counted(table.attrs["epochs"], "epoch")
     return _titled(figure, f"{title} · {epochs} · {table.attrs['data']}")
@@ -464,7 +462,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     if left_out := len(runs) - len(comparable):
         why = "not finished, or not on the whole of CIFAR-10"
         notes += f" Left out: {counted(left_out, 'run')}, {why}."
-    figure.supxlabel(notes, fontsize=9, color=DIM)
+    figure.supxlabel(notes, color=DIM)
     _label_points(figure, axes, points[::-1])  # this network first: it gets the best places
     return figure
 
@@ -592,11 +590,10 @@ def _history_title(runs: Sequence[Run]) -> str:
 def _named(runs: Sequence[Run], kind: Kind) -> str:
     """The runs of a kind, their seeds, and how many of them aren't finished."""
     alike = [run for run in runs if _kind(run) == kind]
-    name = alike[0].label
-    if len(alike) > 1:
-        name = f"{kind[0]} · seeds {', '.join(str(run.config['seed']) for run in alike)}"
-        if waiting := sum(run.metrics is None for run in alike):
-            name += f" · {waiting} unfinished"
+    seeds = ", ".join(str(run.config["seed"]) for run in alike)
+    name = f"{kind[0]} · seed{'s' * (len(alike) > 1)} {seeds}"
+    if waiting := sum(run.metrics is None for run in alike):
+        name += f" · {waiting} unfinished"
     return name if len({run.data_title for run in runs}) == 1 else f"{name} · {kind[1]}"
 
 
@@ -629,7 +626,7 @@ def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
         axes.plot(side, share, "o", color=BLUE, markersize=6)
         place: dict[str, Any] = {"xytext": (6, -5), "textcoords": "offset points", "va": "top"}
         place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        axes.annotate(f"{share:.1f} %\nwithin {side} px", (side, share), fontsize=9, **place)
+        axes.annotate(f"{share:.1f} %\nwithin {side} px", (side, share), **place)
     axes.set(xlim=(0, len(field)), ylim=(0, 105))
     axes.set(xlabel="side of a centred square, px", ylabel="share of the gradient inside, %")
     axes.legend(loc="lower right")
@@ -649,7 +646,7 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]])
     spots = axes.transData.transform([point[:2] for point in points])
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     frame = axes.get_window_extent()
-    look: dict[str, Any] = {"fontsize": 9, "textcoords": "offset points", "arrowprops": _LINE}
+    look: dict[str, Any] = {"textcoords": "offset points", "arrowprops": _LINE}
     for x, y, name, colour in points:
         note: Any = axes.annotate(name, (x, y), (0, 0), color=colour, **look)
         for dx, dy, ha, va in _PLACES:

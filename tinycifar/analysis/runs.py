@@ -28,7 +28,7 @@ from tinycifar.studies import load_study
 from tinycifar.weights import load_pretrained
 
 __all__ = [
-    "Predictions", "Run", "find_runs", "load_model", "load_run", "load_runs", "predictions",
+    "Predictions", "Run", "find_runs", "load_run", "load_runs", "predictions",
     "published_code_run", "published_networks", "published_run", "published_study",
 ]  # fmt: skip
 
@@ -216,12 +216,8 @@ def _run_of_log(file: str, title: str, seed: int | str) -> Run:
     log = log.rename(columns={"test_loss": "val_loss", "test_acc": "val_acc"})
     log["lr"] = plateau_rates(recipe, log["val_loss"])
     history = log.reindex(columns=list(HISTORY_COLUMNS))
-    config = {
-        "recipe": asdict(recipe) | {"name": title},
-        "seed": seed,
-        "protocol": "test-selected",
-        "dataset": "cifar10",
-    }
+    config: dict[str, Any] = {"seed": seed, "protocol": "test-selected", "dataset": "cifar10"}
+    config["recipe"] = asdict(recipe) | {"name": title}
     best = log.sort_values("val_loss", kind="stable").iloc[0]
     metrics = {
         "params": sum(p.numel() for p in NetCIFAR10_Tiny().parameters()),
@@ -296,15 +292,6 @@ def published_networks(file: str | PathLike[str] = RESULTS / "published.csv") ->
 # ----------------------------------------------------------------------------------- predictions
 
 
-def load_model(run: Run) -> Any:
-    """The network of a run's selected epoch (so far, if it isn't finished), in eval mode, on CPU.
-
-    Raises:
-        FileNotFoundError, ValueError: no weights, or unusable ones; see `load_pretrained`.
-    """
-    return load_pretrained(run.folder)
-
-
 @dataclass(frozen=True)
 class Predictions:
     """What a network predicts of some images, and their labels.
@@ -361,6 +348,6 @@ def predictions(run: Run, data: Data, part: str | None = None) -> Predictions:
         raise ValueError(f"run {run.name} has no validation images: its protocol is {run.protocol}")
     chosen = splits.test if part == "test" else splits.selection
     assert chosen is not None
-    log_p = log_probabilities(load_model(run), chosen[0], run.stats).numpy()
+    log_p = log_probabilities(load_pretrained(run.folder), chosen[0], run.stats).numpy()
     images, labels = (tensor.numpy() for tensor in chosen)
     return Predictions(log_p, images, labels, data.classes, f"{part} images · {run.title}")

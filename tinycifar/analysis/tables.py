@@ -17,12 +17,13 @@ from torch import nn
 import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny, SeparableConv
 from tinycifar.analysis.measures import confusion_matrix, gains, normalised_moments
-from tinycifar.analysis.runs import Predictions, Run, as_list, counted, load_model, published_run
+from tinycifar.analysis.runs import Predictions, Run, as_list, counted, published_run
 from tinycifar.checks import check_whole
 from tinycifar.costs import layer_costs, receptive_field
 from tinycifar.data import Data, channel_stats
 from tinycifar.evaluation import evaluate
 from tinycifar.recipes import Recipe
+from tinycifar.weights import load_pretrained
 
 __all__ = [
     "batch_check", "choice_table", "confusion_table", "dilation_table", "drops_table",
@@ -186,10 +187,8 @@ def runs_table(
         **_range("epochs"),
         **_first("epochs_planned"),
         **_statistics("val_acc", "test_acc", "test_acc_tta", "test_loss"),
-        **_range("minutes"),
+        **(_range("minutes") if times else {}),
     )
-    if not times:
-        table = table.drop(columns=["minutes_min", "minutes_max"])
     note = "Mean ± sample standard deviation over seeds; of two seeds both figures."
     if repeats:
         note += f" Left out, as their seed is there already: {', '.join(repeats)}."
@@ -328,9 +327,8 @@ def start_table(runs: Run | Iterable[Run], epochs: int = 5) -> pd.DataFrame:
         run (its title), epoch_1, epoch_2, ...; NaN where it didn't come so far.
     """
     runs = [run for run in as_list(runs) if run.epochs]
-    first = {i: run.history["train_acc"].head(epochs) for i, run in enumerate(runs)}
-    table = pd.DataFrame(first).T.reindex(columns=range(epochs))
-    table.columns = pd.Index([f"epoch_{e}" for e in range(1, epochs + 1)])
+    curves = [run.history["train_acc"].reindex(range(epochs)) for run in runs]
+    table = pd.DataFrame(map(list, curves), columns=[f"epoch_{e + 1}" for e in range(epochs)])
     table.insert(0, "run", [run.title.replace("_", " ") for run in runs])
     return _noted(table, "Training accuracy, in percent.")
 
@@ -354,7 +352,7 @@ def fit_table(run: Run, data: Data) -> pd.DataFrame:
         return _noted(pd.DataFrame(), f"The run {run.name} isn't finished.")
     index = splits.train_index[: len(data.test_labels)]  # as many as test images: soon done
     images, labels = (part[index] for part in splits.train)
-    loss, accuracy = evaluate(load_model(run), images, labels, run.stats)
+    loss, accuracy = evaluate(load_pretrained(run.folder), images, labels, run.stats)
     metrics, sizes = run.metrics, run.config["split"]
     plain = run.recipe["label_smoothing"] == 0 and run.recipe["teacher"] is None
     trained = run.history.set_index("epoch")["train_loss"][metrics["best_epoch"]]
@@ -507,14 +505,11 @@ def batch_check(
     check_whole("n", n, 1)
     images, stats = data.train_images[:n], channel_stats(data.train_images)
     name = policy if isinstance(policy, str) else "the policy"
-    rows = {
-        label: normalised_moments(images, augment.get_policy(chosen), stats, seed).ravel()
-        for label, chosen in {"none": "none", name: policy}.items()
-    }
-    names = [f"{what}_{channel}" for what in ("mean", "std") for channel in "rgb"]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=names)
-    note = f"{data.title}: {len(images):,} normalised training images."
-    return _noted(table.rename_axis("policy").reset_index(), note)
+    chosen = {"none": augment.POLICIES["none"], name: augment.get_policy(policy)}
+    rows = [normalised_moments(images, how, stats, seed).ravel() for how in chosen.values()]
+    table = pd.DataFrame(rows, columns=[f"{m}_{c}" for m in ("mean", "std") for c in "rgb"])
+    table.insert(0, "policy", list(chosen))
+    return _noted(table, f"{data.title}: {len(images):,} normalised training images.")
 
 
 def _noted(table: pd.DataFrame, note: str = "") -> pd.DataFrame:
