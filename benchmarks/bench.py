@@ -7,7 +7,6 @@ bare times don't.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -18,12 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+import typer
 from contestants import BATCH, DEVICE, SMALL, serve
 from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
@@ -253,19 +250,16 @@ def plot(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=HERE, help="where the JSON and the plot go")
-    args = parser.parse_args()
-    result = measure(args.rounds, args.steps)
+def main(rounds: int = 5, steps: int = 20, out: Path = HERE) -> None:
+    """Training and inference, ours against the reference's; a JSON and a plot go to OUT."""
+    plt.switch_backend("Agg")
+    result = measure(rounds, steps)
     name = "gpu" if result["machine"]["gpu"] else "cpu"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot(result).savefig(args.out / f"{name}.png", dpi=110)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(result).savefig(out / f"{name}.png", dpi=110)
     print(speed_table(result))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

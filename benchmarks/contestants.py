@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -90,10 +90,9 @@ def ours(name: str = "ours") -> Iterator[dict[str, float]]:
     recipe = get_recipe(recipe, schedule="constant", stop_patience=None)
     experiment = settle(recipe, protocol="full", device=str(DEVICE), compile=compiled)
     with deterministic(DEVICE):
-        trainer, epoch = Trainer(experiment), 0
+        trainer = Trainer(experiment)
         trainer.model.train()
-        while True:
-            epoch += 1
+        for epoch in count(1):
             yield from steps(trainer, epoch)
 
 
@@ -127,13 +126,13 @@ def serve(name: str, connection: Connection) -> None:
     """Take a first step, which loads the data and compiles; then as many as the other end says."""
     contestant = reference() if name == "reference" else ours(name)
     connection.send(timed(contestant, 1))
-    while count := connection.recv():
-        connection.send(timed(contestant, count))
+    while number := connection.recv():
+        connection.send(timed(contestant, number))
 
 
-def timed(contestant: Iterator[dict[str, float]], count: int) -> dict[str, Any]:
+def timed(contestant: Iterator[dict[str, float]], number: int) -> dict[str, Any]:
     started = time.perf_counter()
-    laps = [next(contestant) for _ in range(count)]
+    laps = [next(contestant) for _ in range(number)]
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
