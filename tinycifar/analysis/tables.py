@@ -273,14 +273,10 @@ def choice_table(runs: Run | Iterable[Run]) -> pd.DataFrame:
         return _noted(pd.DataFrame(), "No finished run here selected its epoch.")
     curves = [run.history.set_index("epoch")["val_acc"] for run in selecting]
     best = [c[run.metrics["best_epoch"]] for c, run in zip(curves, selecting, strict=True)]  # type: ignore[index]  # finished
-    last = [curve.iloc[-1] for curve in curves]
-    each, _ = _pooled(
-        selecting,
-        best_acc=best,
-        last_acc=last,
-        best_minus_last=list(np.subtract(best, last)),
-        highest_minus_last=[c.max() - end for c, end in zip(curves, last, strict=True)],
-    )
+    last, highest = [c.iloc[-1] for c in curves], [c.max() for c in curves]
+    each, _ = _pooled(selecting, best_acc=best, last_acc=last, highest_acc=highest)
+    for which in ("best", "highest"):
+        each[f"{which}_minus_last"] = each[f"{which}_acc"] - each["last_acc"]
     table = each.groupby("pool", sort=False).agg(
         **_first("recipe", "data", "protocol"),
         n=("finished", "sum"),
