@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -55,7 +54,7 @@ BRINGS = {
 
 def rebuild() -> None:
     """Fill the tables and the numbers of all pages, and draw all figures."""
-    matplotlib.use("Agg")
+    plt.switch_backend("Agg")
     now = contents()
     for page in pages():
         page.write_text(filled(page.read_text(encoding="utf-8"), now), encoding="utf-8")
@@ -220,10 +219,9 @@ def _brings(studies: Studies) -> pd.DataFrame:
 
 def _costs(runs: list[Run]) -> pd.DataFrame:
     """What networks of a study cost, each once."""
-    table = analysis.metrics_table(runs, times=True).drop_duplicates("recipe")
-    table["recipe"] = table["recipe"].str.replace("_", " ")
+    table = analysis.runs_table(runs)[["recipe", "parameters", "multiply_adds"]]
     table.attrs.clear()
-    return table[["recipe", "parameters", "multiply_adds"]]
+    return table.assign(recipe=table["recipe"].str.replace("_", " "))
 
 
 def _baselines(runs: list[Run]) -> list[Run]:

@@ -46,6 +46,7 @@ from tinycifar.run_directory import RunDirectory, RunError
 from tinycifar.training import check_seed, require_teacher, settle, train
 
 KEYS = {"about", "base", "always", "seeds", "variations"}
+Waiting = dict[tuple[Recipe, int], RunDirectory]  # runs to train, by recipe and seed
 JOBS_ON_A_GPU = 8  # a guess, not yet measured: each takes some 1 GB of it, and a core to feed it
 
 # ------------------------------------------------------------------------------------------ studies
@@ -195,7 +196,7 @@ def train_many(
         check_protocol(recipe, protocol)
     data = dataset if isinstance(dataset, Data) else load(dataset)
     runs: dict[str, RunDirectory] = {}
-    waiting: dict[tuple[Recipe, int], RunDirectory] = {}
+    waiting: Waiting = {}
     for recipe, seed in pairs:
         one = settle(recipe, seed=seed, protocol=protocol, dataset=data, device=device)
         if one.name in runs:
@@ -219,11 +220,7 @@ def train_many(
 
 
 def _train_in_processes(
-    waiting: dict[tuple[Recipe, int], RunDirectory],
-    jobs: int,
-    threads: int,
-    settings: dict[str, Any],
-    progress: bool,
+    waiting: Waiting, jobs: int, threads: int, settings: dict[str, Any], progress: bool
 ) -> dict[str, BaseException]:
     """Train all that are waiting; returns what stopped those that failed, by their names."""
     others = set(multiprocessing.active_children())  # the caller's own
