@@ -148,7 +148,9 @@ def _print_table(about: str, folder: Path, names: set[str]) -> None:
         runs = analysis.find_runs(folder)
         table = analysis.study_table(run for run in runs if run.recipe["name"] in names)
         print(f"\n{about}\n\n{analysis.markdown(table)}")
-    except (OSError, ValueError) as error:  # no run of the base yet, or a damaged one
+    except FileNotFoundError:
+        pass  # nothing was trained
+    except ValueError as error:  # no run of the base is finished, or one is damaged
         print(f"no table: {error}")
 
 
