@@ -340,13 +340,12 @@ def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
     table, ece = measures.calibration(predictions.log_p, predictions.labels, bins)
     table = table[table["n"] > 0]
     centres, width = (table["low"] + table["high"]) / 2, 0.94 / bins
-    sizes = {"height_ratios": (3, 1)}
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(6.4, 6), gridspec_kw=sizes)
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(6.4, 6), height_ratios=(3, 1))
     accuracy, confidence = table["accuracy"], table["confidence"]
     top.bar(centres, accuracy, width, color=BLUE, label="accuracy")
-    look: dict[str, Any] = {"facecolor": "none", "edgecolor": RED, "hatch": "///", "linewidth": 0.8}
-    label = "gap to the confidence"
-    top.bar(centres, confidence - accuracy, width, bottom=accuracy, label=label, **look)
+    look: dict[str, Any] = {"fill": False, "edgecolor": RED, "hatch": "///", "linewidth": 0.8}
+    gap = confidence - accuracy
+    top.bar(centres, gap, width, bottom=accuracy, label="gap to the confidence", **look)
     top.plot((0, 1), (0, 1), "--", color=BLACK, linewidth=1, label="perfectly calibrated")
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     sure, right = (np.average(100 * x, weights=table["n"]) for x in (confidence, accuracy))

@@ -97,13 +97,11 @@ def styled(frame: pd.DataFrame) -> Styler:
     cells, text = presented(frame), markdown(frame)
     table = _Table(cells, uuid=hashlib.sha256(text.encode()).hexdigest()[:8], cell_ids=False)
     table.text = text
-    left = (f".col{i}" for i, is_left in enumerate(_left(frame, cells)) if is_left)
-    bold = (f"td.row{row}.col{column}" for row, column in _bold(frame, cells))
-    styles: list[Any] = [
-        {"selector": "caption", "props": "caption-side: bottom; text-align: left"},
-        *({"selector": place, "props": "text-align: left"} for place in left),
-        *({"selector": place, "props": "font-weight: bold"} for place in bold),
-    ]
+    looks = [("caption", "caption-side: bottom; text-align: left")]
+    texts = (i for i, is_text in enumerate(_left(frame, cells)) if is_text)
+    looks += [(f".col{i}", "text-align: left") for i in texts]
+    looks += [(f"td.row{i}.col{j}", "font-weight: bold") for i, j in _bold(frame, cells)]
+    styles: list[Any] = [{"selector": place, "props": look} for place, look in looks]
     table.format(escape="html").format_index(escape="html", axis=1).hide(axis="index")
     return table.set_table_styles(styles).set_caption(html.escape(frame.attrs.get("note", "")))
 
