@@ -49,8 +49,8 @@ def check_choice(name: str, value: Any, valid: Iterable[Any]) -> None:
 
 
 class DataError(RuntimeError):
-    """A data set that is unknown, can't be had, or isn't what it should be."""
+    """A data set that is unknown, unavailable or damaged."""
 
 
 class DataUnavailable(DataError):
-    """CIFAR-10 is neither on the disk nor to be had from its host: `auto` falls back."""
+    """CIFAR-10 is neither on the disk nor at its host: `auto` falls back."""

@@ -1,9 +1,10 @@
 """Images in: CIFAR-10 or its built-in stand-in, the split, exact channel statistics.
 
-data = load()                                   # real CIFAR-10 where it can be had
-train, val = split(data.train_labels)           # 45,000 / 5,000, stratified
-stats = channel_stats(data.train_images[train]) # mean and std of 0..1 pixels
+    data = load()                                   # real CIFAR-10, or the stand-in `shapes`
+    train, val = split(data.train_labels)           # 45,000 / 5,000, stratified
+    stats = channel_stats(data.train_images[train]) # mean and std of 0..1 pixels
 
+The files of CIFAR-10 are read by cifar10.py; `shapes` is drawn by shapes.py.
 """
 
 from __future__ import annotations
