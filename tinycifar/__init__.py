@@ -1,11 +1,14 @@
 """tinycifar: training, judging and using tiny networks for CIFAR-10.
 
-from tinycifar import get_recipe, load_pretrained, load_run, predict, train, train_many
+    from tinycifar import get_recipe, load_pretrained, load_run, predict, train, train_many
+
+Each name is imported from its module when it is first asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
     from tinycifar.training import train as train
     from tinycifar.weights import load_pretrained as load_pretrained
     from tinycifar.weights import predict as predict
+
+# How long a waiting OpenMP thread spins before it sleeps: by default so long that training is ten
+# times slower on a machine with anything else to do. It has to be said before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 # Name: the module that it is from, imported when the name is first asked for. So a part that needs
 # little, the command line's help or reading a run, doesn't wait for torch and matplotlib.

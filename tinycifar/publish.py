@@ -43,8 +43,9 @@ Studies = dict[str, list[Run]]  # the runs of each, by its name
 
 # What docs/recipes.md shows of the studies.
 BRINGS = {
-    "ablation": "SGD alone, SGD beside Muon, default initialisation, reference augmentation, plateau, "
-    "whole images from the start, batch 128, batch 128 in bfloat16, decay of all parameters",
+    "ablation": "SGD alone, SGD beside Muon, default initialisation, reference augmentation, "
+    "plateau, whole images from the start, batch 128, batch 128 in bfloat16, "
+    "decay of all parameters",
     "architecture": "default initialisation",
     "ingredients": "AdamW alone, alternating flips, float32",
     "sprint": "batch 128, batch 128 in bfloat16",

@@ -117,9 +117,12 @@ def _varied(base: Recipe, name: object, changes: object) -> Recipe:
 
 def _changed(recipe: Recipe, where: str, changes: object, name: str) -> Recipe:
     changes = _mapping(where, changes)
-    unknown = changes.keys() - {f.name for f in fields(Recipe) if f.name != "name"}
-    if unknown:
-        raise ValueError(f"{where}: a recipe has no field {min(unknown, key=str)!r} to change")
+    valid = [field.name for field in fields(Recipe) if field.name != "name"]
+    if unknown := changes.keys() - set(valid):
+        raise ValueError(
+            f"{where}: a recipe has no field {min(unknown, key=str)!r} to change; valid: "
+            f"{', '.join(valid)}"
+        )
     try:
         return replace(recipe, **changes, name=name)  # not get_recipe: null mustn't pass for "keep"
     except ValueError as error:
@@ -224,7 +227,6 @@ def _train_in_processes(
 ) -> dict[str, BaseException]:
     """Train all that are waiting; returns what stopped those that failed, by their names."""
     others = set(multiprocessing.active_children())  # the caller's own
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # see the Makefile
     failed: dict[str, BaseException] = {}
     context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
     # A process of its own has the policies as augment.py writes them.

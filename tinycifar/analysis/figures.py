@@ -20,6 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
+from scipy.stats import binomtest
 from torch import nn
 
 import augment
@@ -290,16 +291,21 @@ def plot_confusion(predictions: Predictions) -> Figure:
 
 @_styled
 def plot_per_class(predictions: Predictions) -> Figure:
-    """Accuracy class by class, best first, with its 95 % interval, beside the whole."""
-    classes = predictions.classes
-    counts = measures.confusion_matrix(predictions.labels, predictions.predicted, len(classes))
-    n, overall = np.maximum(counts.sum(axis=1), 1), 100 * counts.trace() / counts.sum()
-    rates = pd.Series(100 * counts.diagonal() / n, index=list(classes))
-    interval = 1.96 * np.sqrt(rates * (100 - rates) / n)
-    rates = rates.sort_values(kind="stable")
+    """Accuracy class by class, best first, with its 95 % interval (Wilson's), beside the whole."""
+    counts = measures.confusion_matrix(
+        predictions.labels, predictions.predicted, len(predictions.classes)
+    )
+    overall = 100 * counts.trace() / counts.sum()
+    rows = []
+    for name, correct, n in zip(predictions.classes, counts.diagonal(), counts.sum(1), strict=True):
+        test = binomtest(correct, max(n, 1))
+        rows.append((name, test.statistic, *test.proportion_ci(method="wilson")))
+    shown = pd.DataFrame(rows, columns=["class", "rate", "low", "high"]).set_index("class") * 100
+    shown = shown.sort_values("rate", kind="stable")
+    whiskers = [shown["rate"] - shown["low"], shown["high"] - shown["rate"]]
     figure, axes = plt.subplots(figsize=(8, 3.8))
-    look = {"xerr": interval[rates.index], "ecolor": BLACK, "capsize": 2, "color": BLUE}
-    bars = axes.barh(rates.index, rates, height=0.7, **look)
+    look: dict[str, Any] = {"xerr": whiskers, "ecolor": BLACK, "capsize": 2, "color": BLUE}
+    bars = axes.barh(shown.index, shown["rate"], height=0.7, **look)
     axes.bar_label(bars, fmt="{:.1f}", label_type="center", color="white")
     axes.axvline(overall, color=ORANGE, linestyle="--")
     axes.grid(axis="y", visible=False)

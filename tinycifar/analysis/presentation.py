@@ -97,7 +97,7 @@ def styled(frame: pd.DataFrame) -> Styler:
     cells, text = presented(frame), markdown(frame)
     table = _Table(cells, uuid=hashlib.sha256(text.encode()).hexdigest()[:8], cell_ids=False)
     table.text = text
-    looks = [("caption", "caption-side: bottom; text-align: left")]
+    looks = [("caption", "caption-side: bottom; text-align: left; min-width: 30em")]
     texts = (i for i, is_text in enumerate(_left(frame, cells)) if is_text)
     looks += [(f".col{i}", "text-align: left") for i in texts]
     looks += [(f"td.row{i}.col{j}", "font-weight: bold") for i, j in _bold(frame, cells)]
