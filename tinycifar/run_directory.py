@@ -299,10 +299,9 @@ class RunDirectory:
         file = self.path / "last.pt"
         if not file.is_file():
             return None
-        content = io.BytesIO(file.read_bytes())
         try:
-            state = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # of a dozen kinds, as the damage has it
+            state = read_tensors(file)
+        except ValueError as error:
             raise RunError(
                 f"{file} is damaged, so this run can't go on from it: put a whole copy there, or "
                 "remove it, and the same command begins again"
@@ -338,6 +337,19 @@ def _unlike(old: Any, new: Any, name: str = "") -> list[str]:
             for line in _unlike(old.get(key), new.get(key), f"{name}.{key}".strip("."))
         ]
     return [] if old == new else [f"{name} is {old!r} there and {new!r} now"]
+
+
+def read_tensors(path: Path) -> Any:
+    """What a file written by torch.save holds, on the CPU.
+
+    Raises:
+        ValueError: it is damaged, or holds more than tensors and plain values.
+    """
+    content = io.BytesIO(path.read_bytes())
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a dozen kinds, as the damage has it
+        raise ValueError(f"{path} is damaged, or holds more than tensors") from error
 
 
 def write_file(path: Path, content: bytes) -> None:

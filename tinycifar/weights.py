@@ -6,7 +6,6 @@ predict("cat.jpg", model, top=3)            # [('cat', 0.61), ('dog', 0.22), ...
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tinycifar.checks import check_whole
 from tinycifar.evaluation import eval_mode
 from tinycifar.networks import make_network
-from tinycifar.run_directory import RunDirectory, find_run
+from tinycifar.run_directory import RunDirectory, find_run, read_tensors
 
 SIDE = 32  # of the images that the networks are trained on, in pixels
 
@@ -66,10 +65,9 @@ def load_weights(path: str | Path, model: nn.Module) -> nn.Module:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}: train a run first, or name another")
-    content = io.BytesIO(path.read_bytes())
     try:
-        state = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a dozen kinds, as the damage has it
+        state = read_tensors(path)
+    except ValueError as error:
         raise ValueError(
             f"{path} is refused: it is damaged, or holds more than tensors; a weights file is what "
             "torch.save(state_dict) writes: get it again, or ask its author for one"
