@@ -244,7 +244,7 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
     labels = ("loss", "accuracy, %", "learning rate, share of its peak")
     for axes, label in zip((loss, accuracy, lr), labels, strict=True):
         axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     _history_legend(figure, runs, colours)
     return _titled(figure, _history_title(runs))
 
