@@ -5,16 +5,25 @@ import torch
 import torch.nn.functional as F
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
-from tinycifar.networks import BlueprintBlock, BlueprintNet, make_network, read_layout
+from tinycifar.costs import layer_costs
+from tinycifar.networks import (
+    BlueprintBlock,
+    BlueprintNet,
+    ChannelAttention,
+    Layer,
+    make_network,
+    read_layout,
+)
 
 
 def test_a_layout_names_channels_strides_and_dilations():
-    assert read_layout("16 24 36d2 48s2 64s2d3") == [
-        (16, 1, 1), (24, 1, 1), (36, 1, 2), (48, 2, 1), (64, 2, 3),
+    assert read_layout("16 24 36d2 48k5s2 64s2d3 64x2") == [
+        (16, 3, 1, 1, 1), (24, 3, 1, 1, 1), (36, 3, 1, 2, 1), (48, 5, 2, 1, 1), (64, 3, 2, 3, 1),
+        (64, 3, 1, 1, 2),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["", "16", "16 x", "16 24d", "16,24", "16 24d2s2"])
+@pytest.mark.parametrize("layout", ["", "16", "16 x", "16 24d", "16,24", "16 24d2s2", "16 24k4"])
 def test_a_layout_that_cant_be_read_is_shown(layout):
     with pytest.raises(ValueError, match="a layout names the channels of each layer"):
         read_layout(layout)
@@ -39,8 +48,8 @@ def test_which_blocks_have_skips(skips, which):
 
 def test_a_skip_adds_the_input_pooled_and_padded_with_zeros():
     x = torch.randn(2, 4, 9, 8)
-    block = BlueprintBlock(4, 6, stride=2, skip=True).eval()
-    plain = BlueprintBlock(4, 6, stride=2).eval()
+    block = BlueprintBlock(4, Layer(6, stride=2), skip=True).eval()
+    plain = BlueprintBlock(4, Layer(6, stride=2)).eval()
     plain.load_state_dict(block.state_dict())
     added = block(x) - plain(x)
     torch.testing.assert_close(added[:, :4], F.avg_pool2d(x, 2, ceil_mode=True))
@@ -48,8 +57,40 @@ def test_a_skip_adds_the_input_pooled_and_padded_with_zeros():
 
 
 def test_parameters_are_those_of_pointwise_depthwise_and_norm():
-    block = BlueprintBlock(4, 6)
+    block = BlueprintBlock(4, Layer(6))
     assert sum(p.numel() for p in block.parameters()) == 4 * 6 + 9 * 6 + 2 * 6
+
+
+def test_convolutions_used_twice_are_two_blocks_that_share_them():
+    twice, first, second = (BlueprintBlock(4, Layer(4, uses=n), skip=True) for n in (2, 1, 1))
+    with torch.no_grad():
+        twice.more_bns[0].weight.fill_(0.5)
+    first.load_state_dict({k: v for k, v in twice.state_dict().items() if "more" not in k})
+    second.load_state_dict(first.state_dict())
+    second.bn.load_state_dict(twice.more_bns[0].state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(twice(x), second(first(x)))
+    net = BlueprintNet(layout="4 4x3")
+    once = BlueprintNet(layout="4 4")
+    more = [sum(row.macs for row in layer_costs(n)) for n in (net, once)]
+    assert more[0] - more[1] == 2 * (4 * 4 + 9 * 4) * 32 * 32
+    assert sum(p.numel() for p in net.parameters()) - sum(
+        p.numel() for p in once.parameters()
+    ) == 2 * (4 + 4)
+    with pytest.raises(ValueError, match="only a layer that keeps the shape can be used several"):
+        BlueprintNet(layout="4 8x2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_weights_a_channel_by_the_means_of_it_and_its_neighbours(dtype):
+    eca = ChannelAttention()
+    x = torch.randn(2, 5, 4, 4, dtype=dtype)
+    means = F.pad(x.float().mean((2, 3)), (1, 1))
+    a, b, c = eca.conv.weight.detach().flatten()
+    weights = (a * means[:, :-2] + b * means[:, 1:-1] + c * means[:, 2:]).sigmoid()
+    torch.testing.assert_close(eca(x), x * weights[:, :, None, None].to(dtype))
+    net = BlueprintNet(layout="4 4 8", attention="eca")
+    assert sum(isinstance(m, ChannelAttention) for m in net.modules()) == 2
 
 
 def test_options_and_inputs_that_cant_be_are_named():

@@ -119,6 +119,7 @@ def test_the_options_of_a_network_are_those_it_takes():
         "layout": "8 8d2",
         "skips": "all",
         "activation": "relu",
+        "attention": "none",
     }
     with pytest.raises(ValueError, match="a layout names the channels"):
         get_recipe("quick", network="eight")

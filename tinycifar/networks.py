@@ -5,12 +5,15 @@
 A block mixes the channels first and looks around afterwards: pointwise 1x1, depthwise 3x3,
 BatchNorm, ReLU (blueprint separable convolutions: Haase and Amthor, 2020, arXiv:2003.13549).
 Where shapes allow it, its input is added to its output (He et al., 2015, arXiv:1512.03385).
+What it makes can be weighted channel by channel (efficient channel attention: Wang et al., 2019,
+arXiv:1910.03151), and its convolutions used several times in a row, each with a BatchNorm of its
+own (as in ThriftyNet: Coiffier et al., 2020, arXiv:2007.10106).
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,36 +23,71 @@ from tinycifar.checks import check_choice
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 SKIPS = ("none", "same", "all")
+ATTENTION = ("none", "eca")
+
+
+class Layer(NamedTuple):
+    """What a word of a layout says."""
+
+    channels: int
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    uses: int = 1
+
+
+class ChannelAttention(nn.Module):
+    """Each channel times a weight that it and its neighbours have, by their means: (N, C, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.float().mean((2, 3))
+        weights = self.conv(means[:, None])[:, 0].sigmoid()
+        return x * weights[:, :, None, None].to(x.dtype)
 
 
 class BlueprintBlock(nn.Module):
-    """Pointwise 1x1, depthwise 3x3, BatchNorm, activation: (N, c_in, H, W) -> (N, c_out, H', W').
+    """Pointwise 1x1, depthwise, BatchNorm, activation: (N, c_in, H, W) -> (N, c_out, H', W').
 
     Args:
+        layer: c_out, and the kernel, stride and dilation of the depthwise convolution; uses: how
+            often the two convolutions are applied, for which shapes must stay the same.
         skip: add the input to the output; where they differ in size it is average-pooled, and
             channels of zeros are added (He et al.'s option A). c_out must be at least c_in.
+        attention: whether channels are weighted, once a use.
     """
 
     def __init__(
         self,
         c_in: int,
-        c_out: int,
-        stride: int = 1,
-        dilation: int = 1,
+        layer: Layer,
         activation: str = "relu",
         skip: bool = False,
+        attention: bool = False,
     ):
         super().__init__()
+        c_out, kernel, stride, dilation, uses = layer
+        padding = kernel // 2 * dilation
         self.pw = nn.Conv2d(c_in, c_out, 1, bias=False)
         self.dw = nn.Conv2d(
-            c_out, c_out, 3, stride, padding=dilation, dilation=dilation, groups=c_out, bias=False
+            c_out, c_out, kernel, stride, padding, dilation, groups=c_out, bias=False
         )
         self.bn = nn.BatchNorm2d(c_out)
+        self.more_bns = nn.ModuleList(nn.BatchNorm2d(c_out) for _ in range(uses - 1))
         self.act = ACTIVATIONS[activation](inplace=True)
+        self.attention = ChannelAttention() if attention else nn.Identity()
         self.skip, self.stride, self.more = skip, stride, c_out - c_in
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.bn(self.dw(self.pw(x))))
+        for bn in (self.bn, *self.more_bns):
+            x = self.once(x, bn)
+        return x
+
+    def once(self, x: Tensor, bn: nn.Module) -> Tensor:
+        y = self.attention(self.act(bn(self.dw(self.pw(x)))))
         if not self.skip:
             return y
         if self.stride > 1:
@@ -64,9 +102,11 @@ class BlueprintNet(nn.Module):
 
     Args:
         layout: the channels of the first, standard convolution, then those of each block, with
-            `s2` for a stride and `d2` for a dilation: "16 24 24d2 32s2".
+            `k5` for a 5x5 kernel, `s2` for a stride, `d2` for a dilation and `x2` for convolutions
+            used twice, in this order: "16 24 24d2 32k5s2 32x2".
         skips: over which blocks the input is added: none, same (those that keep the shape), all.
         activation: relu or silu.
+        attention: none or eca, after each block.
 
     Raises:
         ValueError: a layout that can't be read; an unknown activation or kind of skips.
@@ -83,18 +123,25 @@ class BlueprintNet(nn.Module):
         layout: str = "16 24 36 36d2 48 48 64s2 64d2 64d3 64 64",
         skips: str = "same",
         activation: str = "relu",
+        attention: str = "none",
     ):
         super().__init__()
         check_choice("skips", skips, SKIPS)
         check_choice("activation", activation, ACTIVATIONS)
-        (channels, *_), *rest = read_layout(layout)
+        check_choice("attention", attention, ATTENTION)
+        (channels, *_), *layers = read_layout(layout)
         self.stem = conv_block(3, channels)
         blocks = []
-        for c_out, stride, dilation in rest:
-            same = c_out == channels and stride == 1
+        for layer in layers:
+            same = layer.channels == channels and layer.stride == 1
+            if layer.uses > 1 and not same:
+                raise ValueError(
+                    "only a layer that keeps the shape can be used several times (x2); got "
+                    f"{layer.channels} channels, stride {layer.stride}, after {channels} channels"
+                )
             skip = skips == "all" or (skips == "same" and same)
-            blocks.append(BlueprintBlock(channels, c_out, stride, dilation, activation, skip))
-            channels = c_out
+            blocks.append(BlueprintBlock(channels, layer, activation, skip, attention == "eca"))
+            channels = layer.channels
         self.blocks = nn.Sequential(*blocks)
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Conv2d(channels, num_classes, 1)
@@ -105,16 +152,20 @@ class BlueprintNet(nn.Module):
         return self.head(self.gap(x)).flatten(1).log_softmax(dim=1)
 
 
-def read_layout(layout: str) -> list[tuple[int, int, int]]:
-    """(channels, stride, dilation) of each word of a layout."""
-    words = [re.fullmatch(r"(\d+)(?:s(\d))?(?:d(\d))?", word) for word in layout.split()]
-    numbers = [[int(part or 1) for part in word.groups()] for word in words if word]
-    if len(numbers) < max(2, len(words)):
+def read_layout(layout: str) -> list[Layer]:
+    """The layers that a layout names; what it doesn't say of them is a Layer's default."""
+    pattern = r"(\d+)(?:k([1357]))?(?:s(\d))?(?:d(\d))?(?:x(\d))?"
+    words = [re.fullmatch(pattern, word) for word in layout.split()]
+    parts = [word.groups() for word in words if word]
+    if len(parts) < max(2, len(words)):
         raise ValueError(
-            "a layout names the channels of each layer, with s2 for a stride and d2 for a "
-            f"dilation, e.g. '16 24 24d2 32s2'; got {layout!r}"
+            "a layout names the channels of each layer, with k5 for a kernel, s2 for a stride, d2 "
+            f"for a dilation and x2 for two uses, e.g. '16 24 24d2 32s2 32x2'; got {layout!r}"
         )
-    return [(channels, stride, dilation) for channels, stride, dilation in numbers]
+    return [
+        Layer(int(channels), int(kernel or 3), *(int(part or 1) for part in rest))
+        for channels, kernel, *rest in parts
+    ]
 
 
 def make_network(num_classes: int, options: dict[str, Any]) -> nn.Module:

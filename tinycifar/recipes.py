@@ -64,8 +64,9 @@ class Recipe:
     grow: float = 0.5  # to their own over this share of the epochs: cheap steps first
 
     network: str = "tiny"  # NetCIFAR10_Tiny; or the layout of a networks.BlueprintNet, which
-    skips: str = "same"  # takes these two options
+    skips: str = "same"  # takes these three options
     activation: str = "relu"
+    attention: str = "none"
     dilated: bool = True  # the options of NetCIFAR10_Tiny
     separable: bool = True
     width: float = 1.0
@@ -120,7 +121,8 @@ class Recipe:
     def model_options(self) -> dict[str, Any]:
         """What `networks.make_network` makes the network from."""
         if self.network != "tiny":
-            return {"layout": self.network, "skips": self.skips, "activation": self.activation}
+            names = ("skips", "activation", "attention")
+            return {"layout": self.network} | {name: getattr(self, name) for name in names}
         return {"dilated": self.dilated, "separable": self.separable, "width": self.width}
 
 
