@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from tinycifar.checks import check_whole
 from tinycifar.evaluation import eval_mode
+from tinycifar.images import read_image
 from tinycifar.networks import make_network
 from tinycifar.run_directory import RunDirectory, find_run, read_tensors
-
-SIDE = 32  # of the images that the networks are trained on, in pixels
 
 
 def load_pretrained(run: str | Path = "tuned") -> Any:
@@ -95,27 +94,27 @@ def predict(
 
     Args:
         image: a path, a PIL image, or uint8 pixels as an array or tensor of shape (H, W),
-            (H, W, 1), (H, W, 3) or (H, W, 4). Any size: the shorter side is scaled to 32 and the
-            centre cropped.
+            (H, W, 1), (H, W, 3) in RGB or (H, W, 4) in RGBA; OpenCV's are BGR: give
+            `image[..., ::-1]`. Any size: the shorter side is scaled to 32 and the centre cropped.
+            What is transparent is composed on white; see `images.read_image`.
         model: as `load_pretrained` gives it, or fused; None loads the published one.
         top: how many classes to return; all of them if there are fewer.
 
     Raises:
         FileNotFoundError: no such image.
-        ValueError: the image can't be read, has a wrong shape or type, or the model carries no
-            `classes`, `mean` and `std`.
+        ValueError: the image can't be read, is too large, or has a wrong shape or type; or the
+            model carries no `classes`, `mean` and `std`.
     """
     check_whole("top", top, 1)
-    image = _as_rgb(image)
+    rgb = read_image(image.detach().cpu().numpy() if isinstance(image, Tensor) else image)
     network: Any = load_pretrained() if model is None else model
     if not all(getattr(network, name, None) for name in ("classes", "mean", "std")):
         raise ValueError(
             "this network doesn't know its classes, mean and std: get one from load_pretrained, "
             "or set the three attributes"
         )
-    image = ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BICUBIC)
     first = next(network.parameters())
-    pixels = torch.from_numpy(np.array(image)).to(first.device, first.dtype) / 255
+    pixels = torch.from_numpy(rgb).to(first.device, first.dtype) / 255
     mean, std = pixels.new_tensor(network.mean), pixels.new_tensor(network.std)
     batch = ((pixels - mean) / std).permute(2, 0, 1)[None]
 
@@ -124,54 +123,3 @@ def predict(
     best = probabilities.topk(min(top, len(network.classes)))
     names = [network.classes[i] for i in best.indices]
     return list(zip(names, best.values.tolist(), strict=True))
-
-
-def _as_rgb(image: Any) -> Image.Image:
-    """Whatever `predict` takes, as an upright RGB image."""
-    if isinstance(image, (str, Path)):
-        image = _open(Path(image))
-    elif isinstance(image, Tensor):
-        image = _from_array(image.detach().cpu().numpy())
-    elif isinstance(image, np.ndarray):
-        image = _from_array(image)
-    elif not isinstance(image, Image.Image):
-        raise ValueError(
-            "predict takes a path, a PIL image or a uint8 array of shape (H, W, 3); "
-            f"got {type(image).__name__}"
-        )
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise ValueError(
-            f"predict takes images of 8 bits a channel; got mode {image.mode!r}: convert it first"
-        )
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _open(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}")
-    try:
-        image = Image.open(path)
-        image.load()
-    except (  # SyntaxError: what Pillow has for a broken PNG
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        ValueError,
-        SyntaxError,
-    ) as error:
-        raise ValueError(
-            f"{path} can't be read as an image (expected PNG, JPEG or the like): {error}"
-        ) from error
-    return image
-
-
-def _from_array(pixels: np.ndarray) -> Image.Image:
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    right_shape = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
-    if pixels.dtype != np.uint8 or not right_shape or 0 in pixels.shape:
-        raise ValueError(
-            "predict takes pixels as uint8 of shape (H, W, 3), or (H, W) in grey; "
-            f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
-        )
-    return Image.fromarray(pixels)
