@@ -188,13 +188,6 @@ def test_predict_takes_a_path_an_image_an_array_and_a_tensor_alike(model, tmp_pa
         assert predict(image, model) == expected
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 3), (400, 300, 3), (20, 90), (64, 64, 1), (33, 33, 4)])
-def test_predict_takes_any_size_and_kind(model, shape):
-    answer = predict(np.full(shape, 200, dtype=np.uint8), model, top=3)
-    assert len(answer) == 3
-    assert 0 < sum(p for _, p in answer) <= 1 + 1e-6
-
-
 def test_predict_leaves_the_network_in_its_mode(model):
     model.train()
     before = model.state_dict()["c1.0.1.running_mean"].clone()
@@ -203,39 +196,20 @@ def test_predict_leaves_the_network_in_its_mode(model):
     assert torch.equal(before, model.state_dict()["c1.0.1.running_mean"])
 
 
-@pytest.mark.parametrize(
-    ("image", "says"),
-    [
-        (np.zeros((3, 32, 32), dtype=np.uint8), r"uint8 of shape \(3, 32, 32\)"),
-        (np.zeros((32, 32, 3)), r"float64 of shape \(32, 32, 3\)"),
-        (torch.zeros(1, 3, 32, 32), r"float32 of shape \(1, 3, 32, 32\)"),
-        (np.zeros((0, 32, 3), dtype=np.uint8), r"\(0, 32, 3\)"),
-        (42, "got int"),
-    ],
-)
-def test_predict_says_what_came_and_what_it_takes(model, image, says):
-    with pytest.raises(ValueError, match=says):
-        predict(image, model)
+def test_predict_composes_what_is_transparent_on_white(model):
+    cut_out = np.zeros((40, 32, 4), dtype=np.uint8)
+    cut_out[10:20] = 90, 60, 30, 255
+    hidden = cut_out.copy()
+    hidden[cut_out[..., 3] == 0] = 255, 0, 255, 0
+    seen = np.where(cut_out[..., 3:], cut_out[..., :3], np.uint8(255))
+    assert predict(cut_out, model) == predict(hidden, model) == predict(seen, model)
 
 
-def test_unreadable_images_are_named(model, tmp_path, monkeypatch):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(ValueError, match=r"broken\.png can't be read as an image"):
-        predict(tmp_path / "broken.png", model)
-    Image.effect_noise((300, 300), 90).save(tmp_path / "torn.png")  # in several chunks
-    start, first, rest = (tmp_path / "torn.png").read_bytes().split(b"IDAT", 2)
-    (tmp_path / "torn.png").write_bytes(start + b"IDAT" + first + b"I\0AT" + rest)
-    with pytest.raises(ValueError, match=r"torn\.png can't be read as an image"):
-        predict(tmp_path / "torn.png", model)
+def test_predict_refuses_what_is_no_image(model, tmp_path):
+    with pytest.raises(ValueError, match=r"float32 of shape \(1, 3, 32, 32\)"):
+        predict(torch.zeros(1, 3, 32, 32), model)
     with pytest.raises(FileNotFoundError, match="no image at"):
         predict(tmp_path / "absent.png", model)
-    Image.new("I;16", (40, 40), 30_000).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="mode 'I;16' doesn't say which value is white"):
-        predict(tmp_path / "deep.png", model)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    Image.new("RGB", (40, 40)).save(tmp_path / "huge.png")
-    with pytest.raises(ValueError, match=r"huge\.png can't be read"):
-        predict(tmp_path / "huge.png", model)
 
 
 def test_predict_needs_to_know_how_inputs_were_normalised():

@@ -8,6 +8,8 @@ Needs NumPy and Pillow alone.
 from __future__ import annotations
 
 import os
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 SIDE = 32  # of the images that the networks are trained on, in pixels
 BACKGROUND = "white"  # what shows through transparent pixels, as in most viewers
 
-# What turns an image upright, by its EXIF orientation; 1 is upright.
+ORIENTATION = 0x0112  # the tag of EXIF; 1 is upright, and this turns the others:
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -118,8 +120,18 @@ def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What its EXIF or XMP asks for; of all fields, the orientation alone is read."""
-    try:
-        return _UPRIGHT.get(image.getexif().get(0x0112))
-    except Exception:  # all of it may be damaged, and Pillow raises whatever it trips over
-        return None
+    """What its EXIF or XMP asks for, whatever is wrong with the rest of these."""
+    with suppress(Exception):  # Pillow raises whatever it trips over
+        return _UPRIGHT.get(image.getexif()[ORIENTATION])
+    with suppress(Exception):  # at a field that points beyond the end, Pillow stops reading
+        return _UPRIGHT.get(_orientation(image.info["exif"].removeprefix(b"Exif\0\0")))
+    return None
+
+
+def _orientation(tiff: bytes) -> int:
+    """That of EXIF data, which is laid out like a TIFF file: one field of 12 bytes a tag."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
+    (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (count,) = struct.unpack_from(f"{order}H", tiff, start)
+    fields = (struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * i) for i in range(count))
+    return next(value for tag, _, _, value in fields if tag == ORIENTATION)
