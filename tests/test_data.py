@@ -215,6 +215,39 @@ def test_root_is_a_parameter_or_the_environment_or_data(fake, monkeypatch):
     assert load("cifar10").name == "cifar10"
 
 
+@pytest.mark.parametrize("dataset", ["auto", "cifar10"])
+@pytest.mark.parametrize("named", ["folder", "archive", "folder/", "link", "link's folder"])
+def test_root_may_name_the_batches_or_the_archive_itself(served, tmp_path, dataset, named):
+    root = served.archive if named == "archive" else served.folder
+    if named == "folder/":
+        root = f"{root}/"
+    if named.startswith("link"):  # to the folder of batches, which either may be called otherwise
+        if named == "link's folder":
+            root = root.rename(tmp_path / "batches")
+        link = tmp_path / ("mine" if named == "link" else CIFAR10.base_folder)
+        link.symlink_to(root)
+        root = link
+    assert load(dataset, root=root, progress=False).name == "cifar10"
+    assert not served.asked and not (served.folder / CIFAR10.base_folder).exists()
+
+
+def test_a_download_into_a_folder_called_like_the_batches(served, tmp_path):
+    """It is what is to be there, not where that is to be."""
+    root = tmp_path / "new" / CIFAR10.base_folder
+    assert load("cifar10", root=root, progress=False).name == "cifar10"
+    assert (root / "data_batch_1").is_file()
+    (root / CIFAR10.base_folder).mkdir()  # as earlier versions left it: taken as it is
+    assert cifar10.data_root(root) == root
+
+
+@pytest.mark.parametrize("dataset", ["auto", "cifar10"])
+def test_batches_in_a_folder_of_another_name_are_never_passed_over(served, tmp_path, dataset):
+    served.folder.rename(tmp_path / "batches")
+    with pytest.raises(DataError, match=rf"isn't called {CIFAR10.base_folder}: rename") as error:
+        load(dataset, root=tmp_path / "batches")
+    assert str(tmp_path / "batches") in one_sentence(error) and not served.asked
+
+
 # -- from the network ------------------------------------------------------------------------------
 
 
@@ -323,9 +356,11 @@ def test_disk_full(served, tmp_path, monkeypatch):
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_root_that_is_no_folder(served):
-    with pytest.raises(DataError, match="can't be read from or written to") as error:
-        load("cifar10", root=served.archive)
+@pytest.mark.parametrize("dataset", ["auto", "cifar10"])
+def test_root_that_is_no_folder(fake, dataset):
+    other = fake.archive.rename(fake.archive.with_name("other.tar.gz"))
+    with pytest.raises(DataError, match=r"can't be read .*it is a file") as error:
+        load(dataset, root=other)
     one_sentence(error)
 
 

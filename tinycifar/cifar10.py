@@ -33,12 +33,20 @@ STALL_SECONDS = 15  # how long a download may stand still; with the above, an ab
 #                     is reported within 30 s
 PARTIAL = ".cifar10-download-"  # a download in progress, inside the data folder
 NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError)
+ITSELF = (CIFAR10.base_folder, CIFAR10.filename)  # what the data folder holds: either will do
 ALTERED = "is truncated or altered (its MD5 sum is wrong)"
 
 
 def data_root(root: str | os.PathLike | None = None) -> Path:
-    """The folder that `load` takes CIFAR-10 from: `root`, else CIFAR10_ROOT, else `data`."""
-    return absolute(root or os.environ.get("CIFAR10_ROOT") or "data")
+    """The folder that `load` takes CIFAR-10 from: `root`, else CIFAR10_ROOT, else `data`.
+
+    Where that names the folder of batches itself, or the archive, it is the folder around it.
+    """
+    chosen = absolute(root or os.environ.get("CIFAR10_ROOT") or "data")
+    for folder in (chosen, chosen.resolve()):  # a link may be called otherwise
+        if folder.name in ITSELF and not any((folder / name).exists() for name in ITSELF):
+            return folder.parent
+    return chosen
 
 
 def read_cifar10(folder: str | os.PathLike | None, progress: bool) -> Arrays:
@@ -48,6 +56,8 @@ def read_cifar10(folder: str | os.PathLike | None, progress: bool) -> Arrays:
     """
     root = data_root(folder)
     try:
+        if root.is_file():
+            raise NotADirectoryError("it is a file")
         if not (root / CIFAR10.base_folder).exists():
             _fetch(root, progress)
         _check_files(root / CIFAR10.base_folder)
@@ -82,6 +92,10 @@ def _fetch(root: Path, progress: bool) -> None:
     It is unpacked beside its final place and renamed, so that one killed half-way leaves nothing
     that looks finished.
     """
+    if any((root / name).exists() for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]):
+        raise DataError(
+            f"{root} holds files of CIFAR-10, and isn't called {CIFAR10.base_folder}: rename it so."
+        )
     archive = root / CIFAR10.filename
     found = archive.exists()
     if found and not check_integrity(archive, CIFAR10.tgz_md5):

@@ -87,9 +87,9 @@ def load(
             2,000 for testing. "auto" is CIFAR-10 where it is on the disk or its host answers
             within seconds; else it prints a banner and is "shapes".
         root: the folder that holds `cifar-10-batches-py`, or the archive
-            `cifar-10-python.tar.gz`, or to which CIFAR-10 is downloaded. None is the
-            environment variable CIFAR10_ROOT, else `data`. A relative one counts as in
-            `paths.absolute`.
+            `cifar-10-python.tar.gz`, or to which CIFAR-10 is downloaded; or either of the two
+            itself. None is the environment variable CIFAR10_ROOT, else `data`. A relative one
+            counts as in `paths.absolute`.
         limit: use so many training images, the first of each class, and a fifth as many for
             testing; at least 100, so that 10 % for validation still hold every class.
         progress: show a bar on a terminal or in a notebook while downloading.
