@@ -10,6 +10,7 @@ import socket
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -541,3 +542,47 @@ def test_parts_that_every_protocol_has(tiny, protocol):
 def test_an_unknown_protocol_lists_those_there_are(tiny):
     with pytest.raises(ValueError, match="unknown protocol 'test'; valid: val, full, test-sel"):
         DataSplits(tiny, "test")
+
+
+# -- data of one's own -----------------------------------------------------------------------------
+
+
+def twice(images):
+    return images.repeat(2, axis=1).repeat(2, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"train_images": twice, "test_images": twice}, r"train_images must be uint8 .*64, 64, 3"),
+        ({"test_images": twice}, r"test_images must be uint8 of shape \(N, 32, 32, 3\)"),
+        ({"train_images": lambda x: x / 255}, r"train_images must be .*got float64"),
+        ({"train_images": lambda x: x.transpose(0, 3, 1, 2)}, r"got uint8 of shape \(200, 3,"),
+        ({"train_images": lambda x: x[..., :1]}, r"got uint8 of shape \(200, 32, 32, 1\)"),
+        ({"train_images": torch.from_numpy}, "train_images must be a NumPy array, got Tensor"),
+        ({"train_labels": list}, "train_labels must be a NumPy array, got list"),
+        ({"train_labels": lambda y: y[:-1]}, r"train_labels must be int64 of shape \(200,\)"),
+        ({"train_labels": lambda y: y.astype(np.float32)}, "train_labels must be .*got float32"),
+        ({"test_labels": lambda y: y > 4}, "test_labels must be int64 .*got bool"),
+        ({"test_labels": lambda y: y.astype(np.int32)}, "test_labels must be int64 .*got int32"),
+        ({"train_labels": lambda y: y - 1}, "train_labels must be from 0 to 9, .*got -1 to 8"),
+        ({"test_labels": lambda y: y + 1}, "test_labels must be from 0 to 9, .*got 1 to 10"),
+        ({"test_images": lambda x: x[:0], "test_labels": lambda y: y[:0]}, "test_images must be"),
+        ({"classes": lambda names: names[:9]}, "train_labels must be from 0 to 8"),
+        ({"classes": lambda names: ()}, "classes must be a tuple of names"),
+        ({"classes": lambda names: (*names[:9], names[0])}, "classes must be .*no two alike"),
+        ({"classes": lambda names: tuple(range(10))}, "classes must be a tuple of names"),
+        ({"classes": "".join}, "classes must be a tuple of names"),
+    ],
+)
+def test_data_that_is_not_what_it_says_is_refused_by_name(tiny, changed, says):
+    wrong = replace(tiny, **{name: make(getattr(tiny, name)) for name, make in changed.items()})
+    with pytest.raises(ValueError, match=says) as error:
+        DataSplits(wrong, "val")
+    one_sentence(error)
+
+
+def test_arrays_in_any_order_of_memory_are_taken(tiny):
+    images = tiny.train_images[..., ::-1]  # BGR turned into RGB
+    splits = DataSplits(replace(tiny, train_images=images), "val")
+    assert np.array_equal(splits.train[0], images)

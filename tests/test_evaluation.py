@@ -67,11 +67,38 @@ def test_evaluation_leaves_the_mode_and_the_weights(net, tiny, stats):
     assert net.training
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     torch.testing.assert_close(log_p, log_probabilities(net, tiny.test_images, stats))
-    with pytest.raises(ValueError, match="Expected uint8"):
-        log_probabilities(net, tiny.test_images[..., :1], stats)  # one channel
-    assert net.training
-    with pytest.raises(ValueError, match="no images to evaluate: give one or more"):
-        log_probabilities(net, tiny.test_images[:0], stats)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[..., :1],
+        lambda x: x[:0],
+        lambda x: x / 255,
+        lambda x: x[:, :16],
+        lambda x: x.repeat(2, axis=1).repeat(2, axis=2),
+        lambda x: x.transpose(0, 3, 1, 2),
+        lambda x: x[0],
+    ],
+    ids=["grey", "none", "floats", "halves", "64 px", "channels first", "one"],
+)
+def test_images_of_another_kind_are_refused(net, tiny, stats, change):
+    with pytest.raises(ValueError, match=r"^images must be uint8 of shape \(N, 32, 32, 3\)"):
+        log_probabilities(net, change(tiny.test_images), stats)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda y: y.astype(float), r"int64 of shape \(40,\).*got float64"),
+        (lambda y: y[:1], r"int64 of shape \(40,\).*got int64 of shape \(1,\)"),
+        (lambda y: y + 1, "from 0 to 9, as there are 10 classes; got 1 to 10"),
+        (lambda y: y * 0 - 100, "got -100 to -100"),  # which torch would leave out
+    ],
+)
+def test_labels_of_another_kind_are_refused(net, tiny, stats, change, says):
+    with pytest.raises(ValueError, match=f"^labels must be .*{says}"):
+        evaluate(net, tiny.test_images, change(tiny.test_labels), stats)
 
 
 def test_eval_mode_gives_the_mode_back_whatever_happens(net):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -390,6 +391,14 @@ def test_a_finished_run_outlives_its_teacher(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="no run at"):
         train_many([taught], [0, 1], folder=tmp_path, dataset=tiny)
     assert len(list(tmp_path.iterdir())) == 1, "the run without a teacher wasn't to begin"
+
+
+def test_images_of_another_side_are_refused_before_anything_is_written(tiny, tmp_path):
+    wide = {f"{part}_images": getattr(tiny, f"{part}_images").repeat(2, 1).repeat(2, 2)
+            for part in ("train", "test")}  # fmt: skip
+    with pytest.raises(ValueError, match=r"^train_images must be .*got uint8 of shape \(200, 64"):
+        train(SMALL, tmp_path / "run", dataset=replace(tiny, **wide), progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_saw_more_is_refused(tiny, tmp_path):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tinycifar.checks import DataError, DataUnavailable, check_choice, check_whole
+from tinycifar.images import SIDE
 from tinycifar.shapes import SHAPES, Arrays, draw_shapes
 
 DATASETS = ("auto", "cifar10", "shapes")
@@ -48,10 +49,10 @@ BANNER = """\
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set in memory; `load` makes it."""
+    """A data set in memory; `load` makes it. One's own is checked where a protocol splits it."""
 
-    name: str  #: "cifar10" or "shapes"
-    classes: tuple[str, ...]  #: names, by label
+    name: str  #: "cifar10" or "shapes", or what one's own is called
+    classes: tuple[str, ...]  #: names, by label, no two alike
     train_images: np.ndarray  #: uint8 (N, 32, 32, 3), RGB
     train_labels: np.ndarray  #: int64 (N,)
     test_images: np.ndarray  #: uint8 (M, 32, 32, 3), RGB
@@ -99,7 +100,7 @@ def load(
             or altered (also under "auto": a damaged copy is never passed over in silence).
         ValueError: the limit isn't a whole number in range.
     """
-    if dataset not in DATASETS:
+    if not isinstance(dataset, str) or dataset not in DATASETS:
         raise DataError(f"dataset {dataset!r} is unknown: choose one of {', '.join(DATASETS)}.")
     _check_limit(limit, "shapes" if dataset == "shapes" else "cifar10")
     if dataset != "shapes":
@@ -177,15 +178,15 @@ class DataSplits:
         stats: of the images trained on.
 
     Raises:
-        ValueError: an unknown protocol; see `split`.
+        ValueError: an unknown protocol, or data that isn't what `Data` says; see `split`.
     """
 
     def __init__(self, data: Data, protocol: str):
         check_choice("protocol", protocol, PROTOCOLS)
+        _check_data(data)
         self.data, self.protocol = data, protocol
-        images, labels = torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels)
-        self.train = images, labels
-        self.test = torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels)
+        self.train = images, labels = _tensor(data.train_images), _tensor(data.train_labels)
+        self.test = _tensor(data.test_images), _tensor(data.test_labels)
         self.train_index = torch.arange(len(labels))
         self.selection: tuple[Tensor, Tensor] | None = None
         if protocol == "val":
@@ -203,6 +204,47 @@ class DataSplits:
         """How many images each part has."""
         selection = 0 if self.selection is None else len(self.selection[1])
         return {"train": len(self.train_index), "selection": selection, "test": len(self.test[1])}
+
+
+def check_images(name: str, images: np.ndarray | Tensor) -> None:
+    """Raise a ValueError unless they are uint8 (N, 32, 32, 3), N at least 1."""
+    right_shape = images.ndim == 4 and tuple(images.shape[1:]) == (SIDE, SIDE, 3)
+    if _dtype(images) != "uint8" or not right_shape or not len(images):
+        raise _unlike(
+            f"{name} must be uint8 of shape (N, {SIDE}, {SIDE}, 3), N at least 1, as "
+            "images.read_image makes each",
+            images,
+        )
+
+
+def check_labels(name: str, labels: np.ndarray | Tensor, images: int, classes: int) -> None:
+    """Raise a ValueError unless they are int64 (images,), each from 0 to classes - 1."""
+    if _dtype(labels) != "int64" or tuple(labels.shape) != (images,):
+        raise _unlike(f"{name} must be int64 of shape ({images},), one an image", labels)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{name} must be from 0 to {classes - 1}, as there are {classes} classes; got {low} to "
+            f"{high}."
+        )
+
+
+def _check_data(data: Data) -> None:
+    names = data.classes
+    named = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+    if not named or not names or len(set(names)) < len(names):
+        raise ValueError(f"classes must be a tuple of names, no two alike; got {names!r}.")
+    for part in ("train", "test"):
+        for name in (f"{part}_images", f"{part}_labels"):
+            if not isinstance(array := getattr(data, name), np.ndarray):
+                raise ValueError(f"{name} must be a NumPy array, got {type(array).__name__}.")
+        images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
+        check_images(f"{part}_images", images)
+        check_labels(f"{part}_labels", labels, len(images), len(names))
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))  # without a copy, where it can
 
 
 def channel_stats(images: np.ndarray, index: np.ndarray | None = None) -> Stats:
@@ -238,8 +280,12 @@ def channel_stats(images: np.ndarray, index: np.ndarray | None = None) -> Stats:
     )
 
 
-def _unlike(expected: str, array: np.ndarray) -> ValueError:
-    return ValueError(f"{expected}, got {array.dtype} of shape {array.shape}.")
+def _unlike(expected: str, array: np.ndarray | Tensor) -> ValueError:
+    return ValueError(f"{expected}; got {_dtype(array)} of shape {tuple(array.shape)}.")
+
+
+def _dtype(array: np.ndarray | Tensor) -> str:
+    return str(array.dtype).removeprefix("torch.")
 
 
 def _check_limit(limit: int | None, name: str) -> None:

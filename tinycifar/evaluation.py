@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import augment
-from tinycifar.data import Stats
+from tinycifar.data import Stats, check_images, check_labels
 
 
 def log_probabilities(
@@ -35,8 +35,7 @@ def log_probabilities(
         ValueError: there are no images, or of another dtype or shape.
     """
     images = torch.as_tensor(images)
-    if not len(images):
-        raise ValueError("there are no images to evaluate: give one or more")
+    check_images("images", images)
     device = next(model.parameters()).device
     plain = augment.Batched("none", stats.mean, stats.std).to(device)
     no_draws = torch.zeros(batch_size, plain.DRAWS, device=device)  # nothing here is random
@@ -67,10 +66,11 @@ def evaluate(
 ) -> tuple[float, float]:
     """(mean negative log-likelihood, accuracy in percent) on uint8 images (N, 32, 32, 3).
 
-    For `stats`, `tta` and what is raised see `log_probabilities`.
+    Labels are int64 (N,). For `stats`, `tta` and what is raised see `log_probabilities`.
     """
     log_p = log_probabilities(model, images, stats, tta=tta)
     labels = torch.as_tensor(labels)
+    check_labels("labels", labels, *log_p.shape)
     return F.nll_loss(log_p, labels).item(), accuracy(log_p, labels)
 
 
