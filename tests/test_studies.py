@@ -99,6 +99,36 @@ def test_a_wrong_study_is_refused_by_name(write, changes, says):
     assert str(caught.value).startswith("small.yaml: ") and says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("  on: {lr: 0.1}", "a variation's name must be text, and YAML reads it as True"),
+        ("  no: {lr: 0.1}", "a variation's name must be text, and YAML reads it as False"),
+        ("  1.0: {lr: 0.1}", "YAML reads it as 1.0"),
+        ("  010: {lr: 0.1}", "YAML reads it as 8"),
+        ("  2024-01-01: {lr: 0.1}", "YAML reads it as datetime.date"),
+        ("  ~: {lr: 0.1}", "YAML reads it as None"),
+        ("  x: {policy: off}", "variation 'x': policy must be text, and YAML reads it as False"),
+        ("  x: {network: 16}", "variation 'x': network must be text, and YAML reads it as 16"),
+        ("  x: {lr: 1}\nalways: {teacher: 1.0}", "always: teacher must be text"),
+        ("  x: {lr: 1}\nabout: no", "about must be text, and YAML reads it as False"),
+    ],
+)
+def test_what_yaml_takes_for_something_else_is_to_be_put_in_quotes(tmp_path, line, says):
+    file = tmp_path / "small.yaml"
+    about = "" if "about" in line else "about: a\n"
+    file.write_text(f"{about}base: quick\nvariations:\n{line}\n")
+    with pytest.raises(ValueError) as caught:
+        load_study(file)
+    said = str(caught.value)
+    assert said.startswith("small.yaml: ") and says in said and said.endswith("put it in quotes")
+
+
+def test_in_quotes_it_is_a_name(write):
+    variations = {"1.0": {"lr": 0.3}, "no": {"lr": 0.2}, "on": {"lr": 0.1}}
+    assert [r.name for r in load_study(write(variations=variations)).recipes[1:]] == [*variations]
+
+
 def test_what_is_no_study_is_refused(write):
     file = write()
     with pytest.raises(FileNotFoundError, match=r"no study at .*other\.yaml; there: small\.yaml"):

@@ -93,6 +93,8 @@ class Recipe:
                 "alternate_flip takes build 'batched' and a policy that flips; got build "
                 f"{self.build!r} and policy {self.policy!r}"
             )
+        if not isinstance(self.network, str):
+            raise ValueError(f"network must be 'tiny' or a layout, as text; got {self.network!r}")
         if self.network != "tiny":
             with torch.device("meta"):  # where no random numbers are drawn
                 make_network(10, self.model_options)  # raises if it can't be built

@@ -100,16 +100,18 @@ def _study(name: str, content: object) -> Study:
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"seeds must be a list of different whole numbers; got {seeds!r}")
-    return Study(name, str(content["about"]), tuple(recipes), tuple(map(check_seed, seeds)))
+    about = _text("about", content["about"])
+    return Study(name, about, tuple(recipes), tuple(map(check_seed, seeds)))
 
 
 def _varied(base: Recipe, name: object, changes: object) -> Recipe:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .-]*", str(name)) or name == "base":
+    name = _text("a variation's name", name)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .-]*", name) or name == "base":
         raise ValueError(
             "a variation's name has letters, digits, spaces, dots and hyphens, and isn't 'base'; "
             f"got {name!r}"
         )
-    recipe = _changed(base, f"variation {name!r}", changes, name=str(name).replace(" ", "_"))
+    recipe = _changed(base, f"variation {name!r}", changes, name=name.replace(" ", "_"))
     if replace(recipe, name="base") == base:
         raise ValueError(f"variation {name!r} changes nothing of the base")
     return recipe
@@ -123,6 +125,9 @@ def _changed(recipe: Recipe, where: str, changes: object, name: str) -> Recipe:
             f"{where}: a recipe has no field {min(unknown, key=str)!r} to change; valid: "
             f"{', '.join(valid)}"
         )
+    for field in fields(Recipe):
+        if str(field.type).startswith("str") and changes.get(field.name) is not None:
+            _text(f"{where}: {field.name}", changes[field.name])
     try:
         return replace(recipe, **changes, name=name)  # not get_recipe: null mustn't pass for "keep"
     except ValueError as error:
@@ -151,6 +156,12 @@ _Loader.add_implicit_resolver(
 def _mapping(what: str, value: object) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be a mapping of names to values; got {value!r}")
+    return value
+
+
+def _text(what: str, value: object) -> str:
+    if not isinstance(value, str):  # YAML 1.1 takes on, off, yes and no for flags
+        raise ValueError(f"{what} must be text, and YAML reads it as {value!r}: put it in quotes")
     return value
 
 
