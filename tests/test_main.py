@@ -140,6 +140,18 @@ def test_train_needs_no_notebook(tmp_path, capsys):
     assert code == 1 and "seed is 0 there and 1 now" in said
 
 
+def test_python_that_drops_asserts_and_docstrings_does_the_same(tmp_path):
+    """`python -OO`; help was taken from docstrings."""
+    image, run = str(tmp_path / "image.png"), str(tmp_path / "run")
+    Image.new("RGB", (40, 40)).save(image)
+    calls = ["train", *SMALL, "--run", run], ["predict", image, "--run", run, "--top", "10"], []
+    script = f"from tinycifar.__main__ import main\nfor call in {calls}: main(call)"
+    command = [sys.executable, "-OO", "-c", script]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+    for part in ("test accuracy", "%  triangle", "Train a network, without a notebook"):
+        assert part in said
+
+
 @pytest.fixture
 def asked(monkeypatch, tiny):
     """What `train_many` is asked for; it trains in this process, all but the last."""

@@ -19,7 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
-# What is heavy, torch above all, is imported by the verb that needs it: help is there at once.
+# What is heavy, torch above all, is imported by the verb that needs it: help is there at once. It
+# isn't taken from docstrings, which `python -OO` drops.
 app = typer.Typer(
     help="Train, judge and use tiny networks for CIFAR-10.",
     epilog="Options may also be given in the environment: TINYCIFAR_SEED=1.",
@@ -54,7 +55,10 @@ Force = Annotated[bool, _option("FORCE", "train again what is finished")]
 Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="repeatable")]
 
 
-@app.command()
+@app.command(
+    help="Run notebooks headless into one run directory.\n\n"
+    "-p gives a parameter of the notebooks, or any field of a recipe, as often as needed."
+)
 def notebook(
     names: Annotated[list[str] | None, _argument("NB", "[stats training analysis]")] = None,
     recipe: RecipeName = "quick",
@@ -66,10 +70,6 @@ def notebook(
     force: Force = False,
     parameters: Pairs = None,
 ) -> None:
-    """Run notebooks headless into one run directory.
-
-    -p gives a parameter of the notebooks, or any field of a recipe, as often as needed.
-    """
     from tinycifar.notebooks import ALL, run_notebooks
 
     settings: dict[str, Any] = {"recipe": recipe, "protocol": protocol, "dataset": dataset}
@@ -77,7 +77,7 @@ def notebook(
     run_notebooks(names or ALL, run or None, settings, _values(parameters))
 
 
-@app.command()
+@app.command(help="Train a network, without a notebook. -p changes a field of the recipe.")
 def train(
     recipe: RecipeName = "quick",
     protocol: Protocol = "val",
@@ -90,7 +90,6 @@ def train(
     force: Force = False,
     changes: Pairs = None,
 ) -> None:
-    """Train a network, without a notebook. -p changes a field of the recipe."""
     from tinycifar import data, recipes, training
 
     values = _values(changes)
@@ -110,7 +109,7 @@ def train(
     print(f"test accuracy {metrics['test_acc']:.2f} % on {on}")
 
 
-@app.command()
+@app.command(help="Train recipes with seeds, or a study, several runs at once.")
 def sweep(
     names: Annotated[list[str] | None, _argument("RECIPES", "[quick]")] = None,
     seeds: Annotated[list[int] | None, _option("SEEDS", "repeatable  [0 1 2]", "--seed")] = None,
@@ -121,7 +120,6 @@ def sweep(
     folder: Annotated[str, _option("FOLDER", "of the runs  [runs, or runs/<study>]")] = "",
     jobs: Annotated[int | None, _option("JOBS", "runs at once  [one a core; on a GPU 8]")] = None,
 ) -> None:
-    """Train recipes with seeds, or a study, several runs at once."""
     from tinycifar.studies import load_study, train_many
 
     more: dict[str, Any] = {"dataset": dataset, "device": device, "jobs": jobs}
@@ -154,13 +152,12 @@ def _print_table(about: str, folder: Path, names: set[str]) -> None:
         print(f"no table: {error}")
 
 
-@app.command()
+@app.command(help="Classify an image with trained weights.")
 def predict(
     image: Annotated[str, _argument("IMAGE", "path of an image, any size")] = "",
     run: Annotated[str, _option("RUN", "a preset, a published run or a run directory")] = "tuned",
     top: Annotated[int, _option("TOP", "how many classes")] = 5,
 ) -> None:
-    """Classify an image with trained weights."""
     if not image:
         raise ValueError("name an image, e.g. make predict IMAGE=cat.jpg")
     from tinycifar import weights
@@ -169,17 +166,15 @@ def predict(
         print(f"{probability:7.2%}  {name}")
 
 
-@app.command()
+@app.command(help="Rebuild the tables and figures of results/ and docs/ from the runs.")
 def publish() -> None:
-    """Rebuild the tables and figures of results/ and docs/ from the runs."""
     from tinycifar.publish import rebuild
 
     rebuild()
 
 
-@app.command()
+@app.command(help="Evaluate all published weights on the real test set, against their metrics.")
 def verify() -> None:
-    """Evaluate all published weights on the real test set, against their metrics."""
     from tinycifar.publish import verify
 
     verify()
