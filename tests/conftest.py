@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["TQDM_DISABLE"] = "1"
@@ -11,6 +12,7 @@ import pytest
 
 from tinycifar import data, training
 from tinycifar.paths import CHECKOUT
+from tinycifar.run_directory import RunDirectory
 
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
 
@@ -30,6 +32,19 @@ def _users_files():
     files = [file for name in folders for file in (CHECKOUT / name).rglob("*")]
     stats = {str(file.relative_to(CHECKOUT)): file.stat() for file in files if file.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_users_runs_alone(monkeypatch):
+    """No test depends on what a user has in runs/, be it there or not: the guided tour, say."""
+    begin = RunDirectory.__init__
+
+    def begin_elsewhere(self, path):
+        users = CHECKOUT is not None and (CHECKOUT / "runs") in Path(path).parents
+        assert not users, f"a test looks at {path}: give it a folder of its own"
+        begin(self, path)
+
+    monkeypatch.setattr(RunDirectory, "__init__", begin_elsewhere)
 
 
 @pytest.fixture(autouse=True)

@@ -258,8 +258,9 @@ def test_a_target_is_one_call(make, target, verb):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_arrive_as_they_are(make, tmp_path, name):
-    assert make("predict", f"IMAGE={name}")[1] == {"IMAGE": name}
-    assert make("predict", IMAGE=name)[1] == {"IMAGE": name}
+    settings = dict.fromkeys(("IMAGE", "RUN", "RECIPE", "STUDY"), name)
+    assert make("predict", *map("=".join, settings.items()))[1] == settings
+    assert make("predict", **settings)[1] == settings
     assert not Path(tmp_path, "carried_out").exists()
 
 

@@ -451,6 +451,12 @@ def test_the_commit_is_that_of_the_code_alone(tmp_path, monkeypatch):
     (copy / "pyproject.toml").write_text("")
     monkeypatch.setattr(run_directory, "CHECKOUT", copy)
     assert commit_of() is None
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    git(tmp_path, "worktree", "add", "-q", str(tmp_path / "beside"))  # its .git is a file
+    (copy / ".git").mkdir()  # and no repository
+    assert commit_of() is None
+    monkeypatch.setattr(run_directory, "CHECKOUT", tmp_path / "beside")
+    assert commit_of() == head
     monkeypatch.setattr(run_directory, "CHECKOUT", None)
     assert commit_of() is None
 

@@ -454,7 +454,8 @@ def _git_commit() -> str | None:
         return None
 
     def git(*command: str) -> str:
-        command = ("git", "-C", str(CHECKOUT), *command)
+        # Neither a repository around this one, should .git be damaged, nor that of $GIT_DIR.
+        command = ("git", "-C", str(CHECKOUT), "--git-dir=.git", "--work-tree=.", *command)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
