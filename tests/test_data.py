@@ -182,6 +182,8 @@ def test_checksum_covers_every_image_and_label(fake):
     arrays = data.train_images, data.train_labels, data.test_images, data.test_labels
     expected = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
     assert data.checksum == expected
+    other = replace(data, train_labels=(data.train_labels + 1) % 10)
+    assert other.checksum != data.checksum, "or it could resume a run of the other"
 
 
 @pytest.mark.parametrize("dataset", ["auto", "cifar10"])

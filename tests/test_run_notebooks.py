@@ -119,7 +119,7 @@ def test_fields_of_a_recipe_become_changes(small, executed, tmp_path):
     (_, learn), (_, count) = executed
     assert learn["changes"] == {"optimizer": "adamw", "epochs": 9}
     assert learn["lr"] == 0.5, "the notebook has a parameter of that name"
-    assert count == {"n": 2, "run_dir": str(tmp_path / "run")}
+    assert count == {"n": 2, "run_dir": "run"}, "as seen from beside the notebooks"
 
 
 def given(executed):
@@ -128,15 +128,22 @@ def given(executed):
 
 def test_the_folder_is_named_after_what_is_trained(executed, monkeypatch, tmp_path):
     monkeypatch.setattr(run_directory, "new_run", lambda name: tmp_path / name)
-    monkeypatch.setattr(notebooks, "shown", lambda path: path.relative_to(tmp_path))
     run_notebooks(["training"], None, {"seed": 1}, {"epochs": 9, "limit": 200})
-    assert given(executed)["run_dir"] == "runs/quick-epochs=9-val-seed1"
+    assert given(executed)["run_dir"] == str(tmp_path / "runs/quick-epochs=9-val-seed1")
     run_notebooks(["training"], None, {}, {"epochs": 9, "changes": {"optimizer": "adamw"}})
-    assert given(executed)["run_dir"] == "runs/quick-epochs=9,optimizer=adamw-val-seed0"
+    assert given(executed)["run_dir"] == str(
+        tmp_path / "runs/quick-epochs=9,optimizer=adamw-val-seed0"
+    )
     run_notebooks(["training"], 2024)
-    assert given(executed)["run_dir"] == "2024"
+    assert given(executed)["run_dir"] == str(tmp_path / "2024")
     run_notebooks(["tuning_CNN_CIFAR10"])
-    assert given(executed)["run_dir"] == "runs/tour"
+    assert given(executed)["run_dir"] == str(tmp_path / "runs/tour")
+
+
+def test_a_folder_outside_the_checkout_is_given_whole(executed, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # kernels run in the checkout all the same
+    run_notebooks(["training"], "mine")
+    assert given(executed)["run_dir"] == str(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(

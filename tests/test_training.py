@@ -537,7 +537,6 @@ def test_it_learns_from_real_images(real, tmp_path):
         real.train_labels[keep],
         real.test_images[:1000],
         real.test_labels[:1000],
-        "0" * 64,
         len(keep),
     )
     metrics = train(recipe, tmp_path / "r", dataset=few, progress=False)

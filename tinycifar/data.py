@@ -57,8 +57,15 @@ class Data:
     train_labels: np.ndarray  #: int64 (N,)
     test_images: np.ndarray  #: uint8 (M, 32, 32, 3), RGB
     test_labels: np.ndarray  #: int64 (M,)
-    checksum: str  #: sha256, hexadecimal, over the four arrays
     limit: int | None = None  #: number of training images asked for; None is all
+
+    @cached_property
+    def checksum(self) -> str:
+        """sha256, hexadecimal, over the four arrays: what tells one data set from another."""
+        sums = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            sums.update(np.ascontiguousarray(array).data)
+        return sums.hexdigest()
 
     @property
     def title(self) -> str:
@@ -297,10 +304,7 @@ def _pack(name: str, classes: tuple, arrays: Arrays, limit: int | None) -> Data:
     limit = None if limit == SIZES[name] else limit
     if limit is not None:
         arrays = *_first(*arrays[:2], limit), *_first(*arrays[2:], limit // 5)
-    checksum = hashlib.sha256()
-    for array in arrays:
-        checksum.update(array.data)
-    return Data(name, classes, *arrays, checksum.hexdigest(), limit)
+    return Data(name, classes, *arrays, limit)
 
 
 def _first(images: np.ndarray, labels: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

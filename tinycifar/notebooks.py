@@ -144,7 +144,8 @@ def _settle(
         if given["dataset"] != "auto":
             meant["dataset"] = given["dataset"]
         RunDirectory(folder).kept(meant)  # refuses another
-    given["run_dir"] = str(shown(folder))
+    home = NOTEBOOKS.parent  # where the kernels run, whatever folder the caller is in
+    given["run_dir"] = str(folder.relative_to(home) if folder.is_relative_to(home) else folder)
     return folder, {
         name: {key: value for key, value in given.items() if key in names}
         for name, names in declared.items()
