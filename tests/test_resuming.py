@@ -22,6 +22,7 @@ from tinycifar import data, optim
 from tinycifar.recipes import get_recipe
 from tinycifar.run_directory import FILES, RunError
 from tinycifar.training import Trainer, train
+from tinycifar.weights import load_pretrained
 
 FOUR = get_recipe(
     SMALL, name="four", epochs=4, ema=0.9, policy="reference", alternate_flip=True, dirac=True
@@ -232,6 +233,23 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_begins_again(
     file.unlink()
     train(FOUR, interrupted, dataset=tiny, progress=False)
     assert_same_outcome(whole, interrupted)
+
+
+@pytest.mark.parametrize("file", ["last.pt", "best.pt"])
+def test_a_flipped_bit_is_never_gone_on_with(tiny, whole, interrupted, file):
+    content = bytearray((interrupted / file).read_bytes())
+    tensor = next(iter(torch.load(interrupted / "best.pt", weights_only=True).values()))
+    content[content.index(tensor.numpy().tobytes()) + 1] ^= 1
+    (interrupted / file).write_bytes(content)
+    if file == "last.pt":
+        with pytest.raises(RunError, match=r"last\.pt is damaged"):
+            train(FOUR, interrupted, dataset=tiny, progress=False)
+        assert (interrupted / file).read_bytes() == content
+    else:
+        with pytest.raises(ValueError, match=r"best\.pt is refused: it is damaged"):
+            load_pretrained(interrupted)
+        train(FOUR, interrupted, dataset=tiny, progress=False)  # it is written anew from last.pt
+        assert_same_outcome(whole, interrupted)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"model_type": "bert"}'])

@@ -25,6 +25,7 @@ from tinycifar.run_directory import (
     conditions,
     find_run,
     identity,
+    read_tensors,
     write_file,
 )
 
@@ -219,6 +220,36 @@ def test_weights_are_verified_by_the_checksum_of_a_finished_run(run):
         run.verify_weights()
     write(run, "metrics.json", {"test_acc": 1, "params": 1, "weights_sha256": run.checksum()})
     run.verify_weights()
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    torch.manual_seed(0)
+    state = {"epoch": 3, "lr": 0.1, "w": torch.randn(100), "steps": torch.arange(5)}
+    torch.save(state, tmp_path / "whole.pt")
+    whole, refused = (tmp_path / "whole.pt").read_bytes(), 0
+    for place in range(0, 8 * len(whole), 17):  # every bit of a byte in turn, also of the directory
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        (tmp_path / "flipped.pt").write_bytes(flipped)
+        try:
+            found = read_tensors(tmp_path / "flipped.pt")
+        except ValueError as error:
+            assert "flipped.pt is damaged" in str(error)
+            refused += 1
+        else:  # in the padding between records
+            tensors = [found.pop("w").equal(state["w"]), found.pop("steps").equal(state["steps"])]
+            assert all(tensors) and found == {"epoch": 3, "lr": 0.1}, place
+    assert refused > 300
+
+
+def test_a_record_marked_as_a_folder_isnt_read_as_zeros(tmp_path):
+    torch.save({"w": torch.ones(100)}, tmp_path / "w.pt")
+    content = bytearray((tmp_path / "w.pt").read_bytes())
+    entry = content.rindex(b"PK\1\2", 0, content.rindex(b"data/0"))
+    content[entry + 38] ^= 0x10
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pt is damaged"):
+        read_tensors(tmp_path / "w.pt")
 
 
 # ------------------------------------------------------------------------------ what is written
