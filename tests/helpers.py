@@ -40,6 +40,7 @@ def outcome(folder):
     for name in ("name", "seconds_train", "images_per_second", "git_commit", "peak_memory_mib"):
         del metrics[name]
     del metrics["weights_sha256"]  # of the file; the weights themselves are compared
+    del metrics["config_sha256"]  # of settings that change no bit, too
     return history(folder), metrics, torch.load(folder / "best.pt", weights_only=True)
 
 

@@ -69,20 +69,24 @@ def write_run(tmp_path):
         }
         (folder / "config.json").write_text(json.dumps(config))
         index = np.arange(1, epochs + 1)
+        val_acc = more.get("val_acc", 40.0)
         history = pd.DataFrame({"epoch": index, "lr": 0.1, "train_loss": 1.9 / index})
-        history = history.assign(train_acc=11.0 * index, val_loss=2.0 / index)
-        history = history.assign(val_acc=10.0 * index, seconds=30.0)
+        history = history.assign(train_acc=44.0 * index / epochs, val_loss=0.5 * epochs / index)
+        history = history.assign(val_acc=val_acc * index / epochs, seconds=123 / max(epochs, 1))
         if protocol == "full":
             history[["val_loss", "val_acc"]] = np.nan
         history.to_csv(folder / "history.csv", index=False)
         if finished:
             metrics = {
+                "dataset": config["dataset"],
+                "limit": config["limit"],
+                "protocol": protocol,
                 "params": 36_170,
                 "macs": 17_330_816,
                 "epochs_run": epochs,
                 "best_epoch": epochs,
                 "train_acc": 44.0,
-                "val_acc": None if protocol == "full" else more.get("val_acc", 40.0),
+                "val_acc": None if protocol == "full" else val_acc,
                 "val_loss": None if protocol == "full" else 0.5,
                 "test_acc": more.get("test_acc", 70.0),
                 "test_loss": 0.9,
@@ -211,7 +215,9 @@ def test_what_predictions_refuse(trained, tiny, write_run):
         analysis.predictions(write_run(), tiny)
     with pytest.raises(ValueError, match="part must be test, validation or None"):
         analysis.predictions(trained, tiny, "train")
-    full = replace(trained, config=trained.config | {"protocol": "full"})
+    stats = datasets.DataSplits(tiny, "full").stats
+    on_all = trained.config | {"mean": stats.mean, "std": stats.std}
+    full = replace(trained, config=on_all | {"protocol": "full"})
     with pytest.raises(ValueError, match="no validation images: its protocol is full"):
         analysis.predictions(full, tiny, "validation")
     unfinished = replace(trained, metrics=None)
@@ -219,9 +225,28 @@ def test_what_predictions_refuse(trained, tiny, write_run):
     for run, part in ((unfinished, "test"), (replace(full, metrics=None), None)):
         with pytest.raises(ValueError, match="isn't finished, and the test set is used once"):
             analysis.predictions(run, tiny, part)
-    on_test = unfinished.config | {"protocol": "test-selected"}
+    on_test = on_all | {"protocol": "test-selected"}
     on_test = analysis.predictions(replace(unfinished, config=on_test), tiny)
     assert on_test.title.startswith("test")
+
+
+def test_predictions_need_the_statistics_that_the_run_had(trained, tiny, monkeypatch):
+    """An early run notes no checksum of its config.json, but the data tell."""
+    for field, other in (("mean", [0.5, 0.5, 0.5]), ("std", [0.2] * 3), ("classes", list("abc"))):
+        changed = replace(trained, config=trained.config | {field: other})
+        with pytest.raises(
+            ValueError, match=r"config\.json was changed since .*aren't those of sha"
+        ):
+            analysis.predictions(changed, tiny)
+
+
+def test_a_run_with_half_a_history_is_named(write_run):
+    run = write_run(epochs=4)
+    lines = (run.folder / "history.csv").read_text().splitlines(keepends=True)
+    for left in (lines[:3], lines[:1], [*lines[:4], lines[4][:9]]):
+        (run.folder / "history.csv").write_text("".join(left))
+        with pytest.raises(ValueError, match=r"history\.csv is damaged"):
+            analysis.load_run(run.folder)
 
 
 # --------------------------------------------------------------------------------- tables of runs

@@ -205,6 +205,9 @@ def test_going_on_under_other_conditions_is_said(tiny, interrupted):
     elsewhere = {"threads": 99, "instructions": "ABACUS", "git_commit": "0123abc"}
     del config["numpy"]  # as a run of an earlier version
     (interrupted / "config.json").write_text(json.dumps(config | elsewhere))
+    state = torch.load(interrupted / "last.pt", weights_only=True)
+    del state["config_sha256"]
+    torch.save(state, interrupted / "last.pt")
     with pytest.warns(UserWarning, match=r"threads was 99 and is ") as warned:
         train(FOUR, interrupted, dataset=tiny, progress=False)
     message = str(warned[0].message)
@@ -228,7 +231,7 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_begins_again(
 ):
     file = interrupted / "last.pt"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
-    with pytest.raises(RunError, match=r"last\.pt is damaged.*remove it"):
+    with pytest.raises(RunError, match=r"last\.pt is damaged.*put a whole copy of it back"):
         train(FOUR, interrupted, dataset=tiny, progress=False)
     file.unlink()
     train(FOUR, interrupted, dataset=tiny, progress=False)
@@ -252,10 +255,63 @@ def test_a_flipped_bit_is_never_gone_on_with(tiny, whole, interrupted, file):
         assert_same_outcome(whole, interrupted)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_state_without_its_config_is_not_taken_for_another_seeds(
+    tiny, whole, interrupted, tmp_path, finished
+):
+    if finished:
+        shutil.copytree(whole, tmp_path / "finished")
+    folder = tmp_path / "finished" if finished else interrupted
+    (folder / "config.json").unlink()
+    before = contents(folder)
+    with pytest.raises(RunError, match=r"without a config\.json to say whose"):
+        train(FOUR, folder, seed=77, dataset=tiny, progress=False)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_images_are_never_normalised_by_another_mean(tiny, whole, interrupted, tmp_path, finished):
+    if finished:
+        shutil.copytree(whole, tmp_path / "finished")
+    folder = tmp_path / "finished" if finished else interrupted
+    config = json.loads((folder / "config.json").read_text())
+    config["mean"][0] -= 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+    before = contents(folder)
+    says = r"config\.json was changed since the run wrote it"
+    with pytest.raises(RunError, match=says):
+        train(FOUR, folder, dataset=tiny, progress=False)
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_a_finished_run_is_returned_without_writing(tiny, whole):
+    """It may be in a read-only place."""
+    times = lambda: {p: p.stat().st_mtime_ns for p in [whole, *whole.iterdir()]}  # noqa: E731
+    before = times()
+    assert train(FOUR, whole, dataset=tiny, progress=False)["epochs_run"] == 4
+    assert times() == before
+
+
+def test_a_run_whose_folder_is_renamed_says_so_and_goes_on_under_its_new_name(
+    tiny, whole, tmp_path
+):
+    def rename(row):
+        if row["epoch"] == 2:
+            (tmp_path / "run").rename(tmp_path / "new")
+
+    with pytest.raises(RunError, match="was removed, renamed or replaced during its run"):
+        train(FOUR, tmp_path / "run", dataset=tiny, progress=False, on_epoch=rename)
+    assert not (tmp_path / "run").exists()
+    train(FOUR, tmp_path / "new", dataset=tiny, progress=False)
+    assert_same_outcome(whole, tmp_path / "new")
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"model_type": "bert"}'])
 def test_a_config_of_something_else_is_named(tiny, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    says = r"config\.json (is not JSON|was not written by train).*give another name, or remove it"
+    says = r"config\.json (is not JSON|was not written by train).*put a whole copy of it back"
     with pytest.raises(RunError, match=says):
         train(SMALL, tmp_path, dataset=tiny, progress=False)
     assert (tmp_path / "config.json").read_text() == content
@@ -343,11 +399,11 @@ def test_a_policy_of_the_same_name_that_changed_is_another_run(tiny, whole, tmp_
         for _ in range(2):  # the same again is the same run, though JSON knows no tuples
             train(get_recipe(FOUR, epochs=1), tmp_path / "new", dataset=tiny, progress=False)
 
-    older = json.loads((tmp_path / "run" / "config.json").read_text())
-    del older["policies"]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(older))
-    train(FOUR, tmp_path / "run", dataset=tiny, progress=False)  # taken on trust, and kept
-    assert contents(tmp_path / "run")["metrics.json"] == contents(whole)["metrics.json"]
+    for name, field in (("config", "policies"), ("metrics", "config_sha256")):
+        older = json.loads((tmp_path / "run" / f"{name}.json").read_text())
+        del older[field]
+        (tmp_path / "run" / f"{name}.json").write_text(json.dumps(older))
+    assert train(FOUR, tmp_path / "run", dataset=tiny, progress=False) == older  # taken on trust
 
 
 def test_a_folder_that_cant_be_written_is_named(tiny, tmp_path):

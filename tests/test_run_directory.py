@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tinycifar import run_directory
 from tinycifar.paths import CHECKOUT, RESULTS
 from tinycifar.recipes import Recipe, get_recipe
 from tinycifar.run_directory import (
+    FILES,
     HISTORY_COLUMNS,
     PRETRAINED,
     RunDirectory,
@@ -30,6 +32,10 @@ from tinycifar.run_directory import (
 )
 
 CPU = torch.device("cpu")
+# Of a run of one epoch, see `state`, as far as they are relied on.
+METRICS = {"dataset": "shapes", "limit": 200, "protocol": "val", "params": 1, "epochs_run": 1}
+METRICS |= {"best_epoch": 1, "train_acc": 10.0, "test_acc": 90.0, "test_loss": 0.5}
+METRICS |= {"val_acc": None, "val_loss": None, "seconds_train": 1.0}
 
 
 @pytest.fixture
@@ -147,16 +153,52 @@ def test_a_config_reads_in_todays_fields(begun):
     [
         ("", r"config\.json is not JSON, as train\(\) writes it"),
         ("{", r"config\.json is not JSON, as train\(\) writes it"),
-        ("[]", r"config\.json was not written by train\(\): it lacks recipe, seed, protocol"),
-        ('{"model_type": "bert"}', r"was not written by train\(\): it lacks recipe, seed"),
+        ("[" * 10_000, r"config\.json is not JSON, as train\(\) writes it"),
+        ("[]", r"config\.json was not written by train\(\): no valid recipe, seed, protocol"),
+        ('{"model_type": "bert"}', r"was not written by train\(\): no valid recipe, seed"),
     ],
 )
 def test_a_config_of_something_else_is_named(begun, tiny, content, says):
     (begun.path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=says):
         begun.config()
-    with pytest.raises(RunError, match=says + ".*give another name, or remove it"):
+    with pytest.raises(RunError, match=says + ".*put a whole copy of it back, give another name"):
         begun.kept(identity(SMALL, 0, "val", tiny))
+
+
+@pytest.mark.parametrize("content", [b"", b"caf\xe9", b"[" * 10_000, b"[]", b"3", b"{}", b"null"])
+def test_metrics_of_something_else_are_named(begun, tiny, content):
+    (begun.path / "metrics.json").write_bytes(content)
+    says = r"metrics\.json (is not JSON, as|was not written by) train\(\)"
+    for read in (begun.metrics, begun.config, begun.verify_weights, begun.history):
+        if read == begun.verify_weights:
+            (begun.path / "best.pt").touch()
+        if read == begun.history:
+            (begun.path / "history.csv").write_text(",".join(HISTORY_COLUMNS) + "\n")
+        with pytest.raises(ValueError, match=says):
+            read()
+    with pytest.raises(RunError, match=says + ".*put a whole copy of it back"):
+        begun.kept(identity(SMALL, 0, "val", tiny))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("recipe", []),
+        ("seed", "0"),
+        ("split", None),
+        ("mean", [0.5, 0.5]),
+        ("mean", [125.3, 123.0, 113.9]),
+        ("std", ["a"] * 3),
+        ("std", [0.2, 0.2, math.nan]),
+        ("classes", 10),
+    ],
+)
+def test_a_field_of_another_kind_is_named(begun, field, value):
+    config = json.loads((begun.path / "config.json").read_text())
+    write(begun, "config.json", config | {field: value})
+    with pytest.raises(ValueError, match=rf"config\.json .*\b{field}\b"):
+        begun.config()
 
 
 def test_a_config_under_an_unknown_protocol_is_named(begun):
@@ -174,8 +216,8 @@ def test_metrics_are_there_once_the_run_is_finished(run):
     assert run.is_finished
     with pytest.raises(ValueError, match=r"metrics\.json was not written by train\(\).*params"):
         run.metrics()
-    write(run, "metrics.json", {"test_acc": 90.0, "params": 1})
-    assert run.metrics() == {"test_acc": 90.0, "params": 1}
+    write(run, "metrics.json", METRICS)
+    assert run.metrics() == METRICS
 
 
 def test_the_history_is_numbers_and_empty_before_the_first_epoch(run):
@@ -189,9 +231,11 @@ def test_the_history_is_numbers_and_empty_before_the_first_epoch(run):
     assert history["val_loss"].map(math.isnan).all()
 
 
-@pytest.mark.parametrize("content", ["", "epoch,lr\n1,0.1\n", "\0\1\2", "x" * 50])
+@pytest.mark.parametrize(
+    "content", [b"", b"epoch,lr\n1,0.1\n", b"\0\1\2", b"x" * 50, b"caf\xe9", b"[" * 10_000]
+)
 def test_a_damaged_history_is_named(run, content):
-    (run.path / "history.csv").write_text(content)
+    (run.path / "history.csv").write_bytes(content)
     with pytest.raises(ValueError, match=r"history\.csv can't be read .*; expected numbers in ep"):
         run.history()
 
@@ -200,6 +244,61 @@ def test_a_history_of_words_is_named(run):
     (run.path / "history.csv").write_text(",".join(HISTORY_COLUMNS) + "\n1,fast,2,3,4,5,6\n")
     with pytest.raises(ValueError, match=r"history\.csv can't be read"):
         run.history()
+
+
+def test_a_history_that_lacks_something_is_named(run):
+    header, row = ",".join(HISTORY_COLUMNS) + "\n", "{},0.1,2.5,10.0,,,3.0\n"
+    for rows in (
+        [row.format(2)],
+        [row.format(1), row.format(3)],
+        [row.format(1), row.format(1)],
+        [row.format(1), "2,0.05,2.\n"],  # cut short
+    ):
+        (run.path / "history.csv").write_text(header + "".join(rows))
+        with pytest.raises(ValueError, match=r"history\.csv is damaged: expected a whole row"):
+            run.history()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_history_of_a_finished_run_is_the_one_it_was_finished_with(begun, tiny, older):
+    """An older run has no checksum of it, but its metrics."""
+    who = identity(SMALL, 0, "val", tiny)
+    with begun.opened(config_of(who), who):
+        begun.save(state())
+        metrics = begun.finish(METRICS)
+    if older:
+        write(begun, "metrics.json", METRICS)
+    file = begun.path / "history.csv"
+    whole = file.read_bytes()
+    header, row, _ = whole.split(b"\n")
+    for changed in (
+        header + b"\n",
+        whole + row.replace(b"1,", b"2,", 1) + b"\n",
+        whole.replace(b"10.0", b"11.0"),  # train_acc
+        whole.replace(b"1.0\n", b"2.0\n"),  # seconds
+        *([] if older else [whole.replace(b"2.5", b"2.4")]),  # train_loss
+    ):
+        assert changed != whole
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"history\.csv is damaged, or another run's"):
+            begun.history()
+    file.unlink()
+    with pytest.raises(ValueError, match=r"history\.csv can't be read"):
+        begun.history()
+    file.write_bytes(whole.replace(b"\n", b"\r\n"))  # as git may give it on Windows
+    assert len(begun.history()) == metrics["epochs_run"]
+
+
+def test_published_runs_agree_on_the_data():
+    """They note no checksum of their config.json."""
+    found = {}
+    for file in RESULTS.rglob("config.json"):
+        run = RunDirectory(file.parent)
+        config = run.config()
+        assert len(run.history()) == run.metrics()["epochs_run"]
+        told = {name: config[name] for name in ("split", "mean", "std", "classes")}
+        assert found.setdefault((config["data_sha256"], config["protocol"]), told) == told, file
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("folder", [RESULTS / "quick", RESULTS / "baseline-test-selected"])
@@ -215,10 +314,10 @@ def test_published_runs_read_and_verify(folder):
 def test_weights_are_verified_by_the_checksum_of_a_finished_run(run):
     run.verify_weights()  # nothing there yet
     (run.path / "best.pt").write_bytes(b"weights")
-    write(run, "metrics.json", {"test_acc": 1, "params": 1, "weights_sha256": "0" * 64})
+    write(run, "metrics.json", METRICS | {"weights_sha256": "0" * 64})
     with pytest.raises(ValueError, match=r"best\.pt is refused: its checksum isn't the one"):
         run.verify_weights()
-    write(run, "metrics.json", {"test_acc": 1, "params": 1, "weights_sha256": run.checksum()})
+    write(run, "metrics.json", METRICS | {"weights_sha256": run.checksum()})
     run.verify_weights()
 
 
@@ -271,6 +370,98 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert file.read_bytes() == b"two" and os.listdir(tmp_path) == ["file"]
     with pytest.raises(OSError, match=r"can't write .*absent"):
         write_file(tmp_path / "absent" / "file", b"one")
+
+
+def test_links_are_never_followed_for_writing(begun, tiny, tmp_path):
+    mine, who = tmp_path / "mine", identity(SMALL, 0, "val", tiny)
+    mine.write_text("mine")
+    names = [name for name in FILES if name != "config.json"]
+    for name in names:
+        (begun.path / f"{name}.tmp").symlink_to(mine)
+        (begun.path / name).symlink_to(tmp_path / "nothing")
+    (begun.path / "best.pt.tmp").unlink()
+    os.link(mine, begun.path / "best.pt.tmp")
+    with begun.opened(config_of(who), who):
+        begun.save(state())
+        begun.finish(METRICS)
+    assert mine.read_text() == "mine" and not (tmp_path / "nothing").exists()
+    assert not any(p.is_symlink() for p in begun.path.iterdir())
+    assert begun.metrics()["test_acc"] == 90.0
+
+
+def test_a_lock_that_is_a_link_is_refused_and_left_alone(begun, tiny, tmp_path):
+    mine, who = tmp_path / "mine", identity(SMALL, 0, "val", tiny)
+    mine.write_text("mine")
+    for target in (mine, tmp_path / "nothing"):
+        (begun.path / ".lock").symlink_to(target)
+        with (
+            pytest.raises(RunError, match=r"\.lock is a link, which no lock of ours is: remove"),
+            begun.opened(config_of(who), who),
+        ):
+            pass
+        (begun.path / ".lock").unlink()
+    os.link(mine, begun.path / ".lock")
+    with begun.opened(config_of(who), who):
+        pass
+    assert mine.read_text() == "mine" and not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_may_be_a_link_but_not_to_nothing(begun, tiny, tmp_path):
+    who = identity(SMALL, 0, "val", tiny)
+    (tmp_path / "link").symlink_to(begun.path)
+    linked = RunDirectory(tmp_path / "link")
+    with linked.opened(config_of(who), who):
+        linked.save(state())
+    assert len(begun.history()) == 1
+    (tmp_path / "dangling").symlink_to(tmp_path / "unmounted")
+    for place in (tmp_path / "dangling", tmp_path / "dangling" / "below"):
+        with (
+            pytest.raises(RunError, match=r"dangling is a link to .*unmounted, which isn't there"),
+            RunDirectory(place).opened(config_of(who), who),
+        ):
+            pass
+    assert not (tmp_path / "unmounted").exists()
+
+
+def replaced(path):
+    path.rename(path.with_name("elsewhere"))
+    path.mkdir()
+
+
+def begun_again(path):
+    replaced(path)
+    (path / ".lock").touch()  # by another process
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere")), replaced, begun_again],
+    ids=["removed", "renamed", "replaced", "begun again"],
+)
+@pytest.mark.parametrize("then", ["save", "finish"])
+def test_a_folder_that_is_gone_is_said_to_be_and_not_made_anew(begun, tiny, happens, then):
+    who = identity(SMALL, 0, "val", tiny)
+    with begun.opened(config_of(who), who):
+        begun.save(state())
+        happens(begun.path)
+        there = sorted(begun.path.parent.rglob("*"))
+        with pytest.raises(RunError, match="was removed, renamed or replaced during its run"):
+            begun.save(state()) if then == "save" else begun.finish(METRICS)
+    assert sorted(begun.path.parent.rglob("*")) == there
+
+
+def test_a_folder_that_goes_while_a_file_is_written_is_said_to_be_gone(begun, tiny, monkeypatch):
+    who, sync = identity(SMALL, 0, "val", tiny), os.fsync
+
+    def removed(file):
+        shutil.rmtree(begun.path)
+        sync(file)
+
+    with begun.opened(config_of(who), who):
+        monkeypatch.setattr(os, "fsync", removed)
+        with pytest.raises(RunError, match="was removed, renamed or replaced during its run"):
+            begun.save(state())
+    assert not begun.path.exists()
 
 
 def test_a_folder_is_trained_by_one_process_at_a_time(begun, tiny):
@@ -330,7 +521,7 @@ def test_what_is_saved_comes_back(begun, tiny):
         assert checkpoint["history"] == state()["history"]
         assert torch.equal(checkpoint["best"][-1]["w"], torch.arange(3))
         assert len(begun.history()) == 1 and (begun.path / "best.pt").is_file()
-        metrics = begun.finish({"test_acc": 90.0, "params": 1})
+        metrics = begun.finish(METRICS)
     assert metrics == begun.metrics() == begun.kept(who)
     assert metrics["name"] == "run" and metrics["weights_sha256"] == begun.checksum()
 
@@ -343,9 +534,9 @@ def test_a_checkpoint_that_cant_be_used_is_named_and_left_alone(begun, tiny):
     torch.save({"optimizer": {}}, begun.path / "old.pt")
     old = (begun.path / "old.pt").read_bytes()
     for content, says in (
-        (whole[: len(whole) // 3], r"last\.pt is damaged.*remove it"),
-        (b"", r"last\.pt is damaged.*remove it"),
-        (b"not one", r"last\.pt is damaged.*remove it"),
+        (whole[: len(whole) // 3], r"last\.pt is damaged.*put a whole copy"),
+        (b"", r"last\.pt is damaged.*put a whole copy"),
+        (b"not one", r"last\.pt is damaged.*put a whole copy"),
         (old, "begun by an earlier version"),
     ):
         file.write_bytes(content)
@@ -366,6 +557,79 @@ def test_the_same_run_goes_on_and_another_is_told_apart(begun, tiny):
         "holds a run that differs: protocol is 'val' there and 'full' now; "
         "recipe.lr is 0.05 there and 0.01 now; seed is 0 there and 1 now. Nothing was touched"
     ) in str(error.value)
+
+
+@pytest.mark.parametrize("left", ["last.pt", "best.pt", "history.csv", "metrics.json"])
+def test_a_state_without_its_config_is_refused_and_left_alone(begun, tiny, left):
+    who = identity(SMALL, 0, "val", tiny)
+    with begun.opened(config_of(who), who):
+        begun.save(state())
+        begun.finish(METRICS)
+    for file in begun.path.iterdir():
+        if file.name != left:
+            file.unlink()
+    before = (begun.path / left).read_bytes()
+    other = who | {"seed": 77}
+    says = (
+        rf"run holds {left} without a config\.json to say whose they are: put .* or remove the fol"
+    )
+    with pytest.raises(RunError, match=says):
+        begun.kept(other)
+    with pytest.raises(RunError, match=says), begun.opened(config_of(other), other):
+        pass
+    assert (begun.path / left).read_bytes() == before
+    assert not (begun.path / "config.json").exists()
+
+
+def test_a_checkpoint_goes_on_only_with_its_own_config(begun, tiny):
+    who = identity(SMALL, 0, "val", tiny)
+    other = who | {"seed": 77}
+    with begun.opened(config_of(who), who):
+        begun.save(state())
+    begun.verify_weights()
+    write(begun, "config.json", config_of(other))
+    says = (
+        r"config\.json was changed .* or is another run's: its checksum isn't the one in last\.pt"
+    )
+    with pytest.raises(RunError, match=says + ": put"), begun.opened(config_of(other), other):
+        pass
+    with pytest.raises(ValueError, match=says):
+        begun.verify_weights()
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("split", {"train": 1}),
+        ("mean", [0.4, 0.3, 0.2]),
+        ("std", [0.4, 0.3, 0.2]),
+        ("classes", ["b"]),
+        ("model", {"width": 2.0}),
+    ],
+)
+def test_what_follows_from_data_and_recipe_counts(begun, tiny, field, other):
+    """Also of a run that notes no checksum yet."""
+    who = identity(SMALL, 0, "val", tiny)
+    says = rf"config\.json was changed since the run wrote it.*its {field} isn't what"
+    with pytest.raises(RunError, match=says), begun.opened(config_of(who) | {field: other}, who):
+        pass
+
+
+def test_a_finished_run_is_read_with_its_own_config(begun, tiny):
+    who = identity(SMALL, 0, "val", tiny)
+    with begun.opened(config_of(who), who):
+        begun.save(state())
+        begun.finish(METRICS)
+    assert begun.config()["seed"] == 0
+    content = (begun.path / "config.json").read_text()
+    (begun.path / "config.json").write_text(content.replace("\n", " "))  # laid out otherwise
+    assert begun.config()["seed"] == 0
+    write(begun, "config.json", config_of(who) | {"mean": [0.5, 0.5, 0.4]})
+    says = r"config\.json was changed .*: its checksum isn't the one in metrics\.json"
+    with pytest.raises(ValueError, match=says):
+        begun.config()
+    with pytest.raises(RunError, match=says + ": put a whole copy of it back"):
+        begun.kept(who)
 
 
 def test_data_teacher_and_policy_count_as_well(begun, tiny, monkeypatch):
@@ -426,7 +690,7 @@ def test_force_goes_on_with_an_unfinished_run_and_begins_a_finished_one_again(be
     who = identity(SMALL, 0, "val", tiny)
     with begun.opened(config_of(who), who, force=True) as checkpoint:
         assert len(checkpoint["history"]) == 1
-        begun.finish({"test_acc": 90.0, "params": 1})
+        begun.finish(METRICS)
     with begun.opened(config_of(who), who, force=True) as checkpoint:
         assert checkpoint is None and not begun.is_finished
 

@@ -14,7 +14,7 @@ import pytest
 from tinycifar import notebooks, run_directory
 from tinycifar.__main__ import main
 from tinycifar.notebooks import run_notebooks
-from tinycifar.paths import absolute
+from tinycifar.paths import RESULTS, absolute
 from tinycifar.recipes import RECIPES
 
 SOURCES = {
@@ -53,6 +53,31 @@ def executed(monkeypatch):
         notebooks, "_execute", lambda name, folder, given: calls.append((name, given))
     )
     return calls
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b"[" * 10_000], ids=range(5))
+def test_a_file_that_is_no_notebook_is_named(small, tmp_path, content):
+    (notebooks.NOTEBOOKS / "count.ipynb").write_bytes(content)
+    with pytest.raises(ValueError, match=r"count\.ipynb is not a notebook: "):
+        run_notebooks(["count"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_links_are_replaced_and_not_followed(small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    for name in ("count.running.ipynb", "count.running.html", "count.ipynb", "count.html"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    run_notebooks(["count"], tmp_path / "run")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["count.html", "count.ipynb"]
+    assert not any(p.is_symlink() for p in (tmp_path / "run").iterdir())
+
+
+def test_a_run_directory_that_is_a_link_to_nothing_is_said_to_be(small, tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(run_directory.RunError, match=r"run is a link to .*unmounted, which isn't"):
+        run_notebooks(["count"], tmp_path / "run")
 
 
 @pytest.fixture
@@ -177,9 +202,10 @@ def a_run(tmp_path):
     folder = tmp_path / "a run"
     folder.mkdir()
     config = {"recipe": asdict(RECIPES["quick"]), "seed": 0, "protocol": "val", "split": {}}
-    config |= {"dataset": "shapes", "limit": None, "mean": [], "std": [], "classes": []}
+    config |= {"dataset": "shapes", "limit": None, "data_sha256": "0" * 64, "classes": []}
+    config |= {"mean": [0.5] * 3, "std": [0.2] * 3, "model": {}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.json").write_text('{"test_acc": 1, "params": 1}')
+    (folder / "metrics.json").write_text((RESULTS / "quick" / "metrics.json").read_text())
     return folder
 
 

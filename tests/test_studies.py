@@ -133,9 +133,10 @@ def test_what_is_no_study_is_refused(write):
     file = write()
     with pytest.raises(FileNotFoundError, match=r"no study at .*other\.yaml; there: small\.yaml"):
         load_study(file.with_name("other.yaml"))
-    file.write_text("{")
-    with pytest.raises(ValueError, match=r"small\.yaml is not YAML"):
-        load_study(file)
+    for content in (b"{", b"about: caf\xe9", b"[" * 10_000):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"small\.yaml is not YAML"):
+            load_study(file)
     file.write_text("variations:\n  x: {lr: 0.1}\n  x: {lr: 0.2}\n")
     with pytest.raises(ValueError, match=r"small\.yaml .*'x' comes twice"):
         load_study(file)
@@ -186,6 +187,19 @@ def test_a_failure_stops_no_other_run(tiny, tmp_path):
     with pytest.raises(RunError, match=r"1 of 2 runs failed.*damaged-val-seed0: .*last\.pt is dam"):
         train_many([DAMAGED, ONE_EPOCH], dataset=tiny, folder=tmp_path, jobs=1, progress=False)
     assert json.loads((tmp_path / "one-val-seed0" / "metrics.json").read_text())["seed"] == 0
+
+
+def test_a_damaged_history_of_a_run_that_goes_on_stops_no_sweep(tiny, tmp_path):
+    run = tmp_path / "one-val-seed0"
+    with pytest.raises(KeyboardInterrupt):
+        train(ONE_EPOCH, run, dataset=tiny, progress=False, on_epoch=interrupt)
+    (run / "history.csv").write_bytes(b"\xff")
+    (done,) = train_many([ONE_EPOCH], dataset=tiny, folder=tmp_path, jobs=1, progress=False)
+    assert len(RunDirectory(run).history()) == done["epochs_run"] == 1
+
+
+def interrupt(row):
+    raise KeyboardInterrupt
 
 
 def die(*_, **__):

@@ -40,6 +40,8 @@ def write_run(tmp_path, model):
             "seed": 0,
             "protocol": "val",
             "dataset": "cifar10",
+            "limit": None,
+            "data_sha256": "0" * 64,
             "split": {},
             "classes": CLASSES,
             "mean": model.mean,
@@ -87,7 +89,8 @@ def test_an_unknown_run_is_named():
 
 @pytest.mark.parametrize("changes", [{"model": {"depth": 3}}, {"mean": None}, {"model": 3}])
 def test_a_config_that_describes_no_network_is_named(write_run, changes):
-    with pytest.raises(ValueError, match=r"config\.json is not the config\.json of a run"):
+    says = r"config\.json (is not the config\.json of a run|was not written by train)"
+    with pytest.raises(ValueError, match=says):
         load_pretrained(write_run(**changes))
 
 
@@ -144,7 +147,7 @@ def test_weights_of_another_network_are_refused(tmp_path, model):
 
 def test_weights_that_were_changed_since_the_run_are_refused(write_run):
     run_dir = write_run()
-    metrics = {"test_acc": 90.0, "params": 36_170}
+    metrics = json.loads((RESULTS / "quick" / "metrics.json").read_text())
     digest = hashlib.sha256((run_dir / "best.pt").read_bytes()).hexdigest()
     (run_dir / "metrics.json").write_text(json.dumps(metrics | {"weights_sha256": digest}))
     load_pretrained(run_dir)

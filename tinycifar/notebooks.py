@@ -64,7 +64,6 @@ def run_notebooks(
     else:  # in a process that ends: the kernels have better use for the 0.4 GB that torch takes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             folder, parameters = pool.submit(_settle, declared, *given).result()
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.time() - 1  # the times of files are coarse
     warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
     log = logging.getLogger("papermill")
@@ -97,7 +96,10 @@ def _declared_parameters(name: str) -> set[str]:
     if not file.is_file():
         valid = ", ".join(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb")))
         raise ValueError(f"no notebook {name!r}; valid: {valid or f'none in {NOTEBOOKS}'}")
-    return set(papermill.inspect_notebook(file))
+    try:
+        return set(papermill.inspect_notebook(file))
+    except Exception as error:  # of half a dozen kinds, as the damage has it
+        raise ValueError(f"{file} is not a notebook: {str(error)[:200]}") from error
 
 
 def _settle(
@@ -144,6 +146,7 @@ def _settle(
         if given["dataset"] != "auto":
             meant["dataset"] = given["dataset"]
         RunDirectory(folder).kept(meant)  # refuses another
+    RunDirectory(folder).make()
     home = NOTEBOOKS.parent  # where the kernels run, whatever folder the caller is in
     given["run_dir"] = str(folder.relative_to(home) if folder.is_relative_to(home) else folder)
     return folder, {
@@ -174,6 +177,9 @@ def _execute(name: str, folder: Path, parameters: Parameters) -> None:
     from nbconvert import HTMLExporter
 
     finished, running = folder / f"{name}.ipynb", folder / f"{name}.running.ipynb"
+    page = running.with_suffix(".html")
+    for file in (running, page):  # of a run that failed; or a link, which is never followed
+        file.unlink(missing_ok=True)
     try:
         notebook = papermill.execute_notebook(
             NOTEBOOKS / f"{name}.ipynb",
@@ -195,7 +201,6 @@ def _execute(name: str, folder: Path, parameters: Parameters) -> None:
     nbformat.write(notebook, running)
     os.replace(running, finished)
     html, _ = HTMLExporter().from_filename(str(finished))  # one file, images inline
-    page = running.with_suffix(".html")
     page.write_text(html, encoding="utf-8")
     os.replace(page, finished.with_suffix(".html"))
 

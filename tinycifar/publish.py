@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from tinycifar import analysis
 from tinycifar.analysis import Run, markdown
-from tinycifar.data import Data, DataSplits, load
+from tinycifar.data import Data, load
 from tinycifar.evaluation import evaluate
 from tinycifar.paths import CHECKOUT, RESULTS, shown
 from tinycifar.recipes import RECIPES
@@ -330,7 +330,7 @@ def verify(runs: Iterable[Run] | None = None) -> None:
 
 def measure(run: Run, data: Data) -> dict[str, float]:
     """What tables quote of a run, evaluated on `data`, by its name in metrics.json."""
-    model, splits = load_pretrained(run.folder), DataSplits(data, run.protocol)
+    model, splits = load_pretrained(run.folder), run.splits(data)
     loss, accuracy = evaluate(model, *splits.test, run.stats)
     flipped = evaluate(model, *splits.test, run.stats, tta=True)[1]
     figures = {"test_acc": accuracy, "test_loss": loss, "test_acc_tta": flipped}

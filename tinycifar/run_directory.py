@@ -22,7 +22,7 @@ import platform
 import subprocess
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +49,22 @@ PRETRAINED = {
     "quick": "quick",
     "baseline": "baseline-val",
 }
+
+
+# What is relied on in each file, and its type. (An early run noted less of the rest.)
+_NUMBER, _NONE = (int, float), type(None)
+_CONFIG = {
+    "recipe": dict, "seed": int, "protocol": str, "dataset": str, "limit": (int, _NONE),
+    "data_sha256": str, "split": dict, "mean": list, "std": list, "classes": list, "model": dict,
+}  # fmt: skip
+_METRICS = {
+    "dataset": str, "limit": (int, _NONE), "protocol": str, "params": int, "epochs_run": int,
+    "best_epoch": int, "train_acc": _NUMBER, "test_acc": _NUMBER, "test_loss": _NUMBER,
+    "val_acc": (*_NUMBER, _NONE), "val_loss": (*_NUMBER, _NONE), "seconds_train": _NUMBER,
+}  # fmt: skip
+# What follows from a run's identity: of the data, and for whoever loads its weights.
+_DERIVED = ("split", "mean", "std", "classes", "model")
+_ADVICE = "put a whole copy of it back, give another name, or remove the folder to begin again"
 
 
 class RunError(RuntimeError):
@@ -109,27 +125,39 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock: tuple[int, int] | None = None  # which file is locked, while it is
+        self._notes: dict[str, str] = {}  # what goes into last.pt and metrics.json beside their own
 
     @property
     def is_finished(self) -> bool:
         return (self.path / "metrics.json").is_file()
 
-    # What reads a file says its name when the file isn't what training wrote.
+    # The one reader of each file: it says the file's name when that isn't what training wrote.
 
     def config(self) -> dict[str, Any]:
         """What config.json holds, its recipe with today's fields.
 
         Raises:
-            FileNotFoundError: it isn't there. ValueError: it isn't that of a run.
+            FileNotFoundError: it isn't there. ValueError: it isn't that of a run, or not the one
+            that the run was finished with.
         """
-        needed = ("recipe", "seed", "protocol", "dataset", "split", "mean", "std", "classes")
-        config = self._read_json("config.json", needed)
+        config = self._read_config()
+        if self.is_finished:
+            self._check_noted(config, self.metrics(), "metrics.json")
+        return config | {"recipe": in_full(config["recipe"])}
+
+    def _read_config(self) -> dict[str, Any]:
+        file, config = self.path / "config.json", self._read_json("config.json", _CONFIG)
         if config["protocol"] not in PROTOCOLS:
             raise ValueError(
-                f"{self.path / 'config.json'} names the protocol {config['protocol']!r}; expected "
-                f"one of {', '.join(PROTOCOLS)}: was it written by another version?"
+                f"{file} names the protocol {config['protocol']!r}; expected one of "
+                f"{', '.join(PROTOCOLS)}: was it written by another version?"
             )
-        return config | {"recipe": in_full(config["recipe"])}
+        for name in ("mean", "std"):
+            values = config[name]
+            if len(values) != 3 or not all(isinstance(v, float) and 0 <= v <= 1 for v in values):
+                raise ValueError(f"{file} has the {name} {values}; expected three of 0..1")
+        return config
 
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds.
@@ -137,7 +165,7 @@ class RunDirectory:
         Raises:
             FileNotFoundError: the run isn't finished. ValueError: it isn't that of a run.
         """
-        return self._read_json("metrics.json", ("test_acc", "params"))
+        return self._read_json("metrics.json", _METRICS)
 
     def history(self) -> pd.DataFrame:
         """history.csv: a row an epoch, the columns HISTORY_COLUMNS, float64, NaN where empty.
@@ -145,45 +173,82 @@ class RunDirectory:
         A run killed in its first epoch has none yet: no rows.
 
         Raises:
-            ValueError: it can't be read.
+            ValueError: it can't be read, lacks rows, or isn't the one that the run was finished
+            with.
         """
         import pandas as pd
 
         file = self.path / "history.csv"
-        if not file.is_file():
+        if not file.is_file() and not self.is_finished:
             return pd.DataFrame(columns=list(HISTORY_COLUMNS), dtype="float64")
         try:
-            return pd.read_csv(file, encoding="utf-8")[list(HISTORY_COLUMNS)].astype("float64")
-        except (KeyError, ValueError) as error:
+            text = file.read_text(encoding="utf-8")
+            rows = pd.read_csv(io.StringIO(text))[list(HISTORY_COLUMNS)].astype("float64")
+        except (KeyError, ValueError, FileNotFoundError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{file} can't be read ({reason}); expected numbers in {', '.join(HISTORY_COLUMNS)}"
             ) from error
+        whole = rows.drop(columns=["val_loss", "val_acc"]).notna().all(axis=None)
+        if not whole or rows["epoch"].tolist() != list(range(1, len(rows) + 1)):
+            raise ValueError(f"{file} is damaged: expected a whole row for each epoch, from 1 on")
+        if self.is_finished and not _agrees(rows, _curves(text), self.metrics()):
+            raise ValueError(f"{file} is damaged, or another run's: metrics.json tells otherwise")
+        return rows
 
     def checksum(self) -> str:
         """sha256, hexadecimal, of the weights."""
         return hashlib.sha256((self.path / "best.pt").read_bytes()).hexdigest()
 
     def verify_weights(self) -> None:
-        """Raise a ValueError for weights other than those that the run was measured with."""
-        if not (self.is_finished and (self.path / "best.pt").is_file()):
+        """Raise a ValueError for weights other than those that the run was measured with.
+
+        Or, in a run that isn't finished, for another config.json than its checkpoint's.
+        """
+        if not self.is_finished:
+            self._state()
             return
-        if self.metrics().get("weights_sha256", self.checksum()) != self.checksum():
+        there = self.checksum() if (self.path / "best.pt").is_file() else None
+        if there and self.metrics().get("weights_sha256", there) != there:
             raise ValueError(
                 f"{self.path / 'best.pt'} is refused: its checksum isn't the one in metrics.json, "
                 "so it was changed since the run; get the file again, or train the run again"
             )
 
-    def _read_json(self, name: str, needed: Sequence[str]) -> dict[str, Any]:
+    def _read_json(self, name: str, needed: Mapping[str, Any]) -> dict[str, Any]:
         file = self.path / name
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON, as train() writes it: {error}") from error
-        missing = [key for key in needed if not isinstance(content, dict) or key not in content]
-        if missing:
-            raise ValueError(f"{file} was not written by train(): it lacks {', '.join(missing)}")
+        there = content if isinstance(content, dict) else {}
+        wrong = [key for key, kind in needed.items() if not isinstance(there.get(key, ...), kind)]
+        if wrong:
+            raise ValueError(f"{file} was not written by train(): no valid {', '.join(wrong)}")
         return content
+
+    def _state(self) -> dict[str, Any] | None:
+        """What last.pt holds, its tensors on the CPU; None where there is none.
+
+        Raises:
+            ValueError: it is damaged, or another run's.
+        """
+        file = self.path / "last.pt"
+        state = read_tensors(file) if file.is_file() else None
+        if state is None:
+            return None
+        if not isinstance(state, dict):
+            raise ValueError(f"{file} is not a checkpoint, as train() writes it")
+        self._check_noted(self._read_config(), state, "last.pt")
+        return state
+
+    def _check_noted(self, config: dict[str, Any], there: dict[str, Any], name: str) -> None:
+        """Refuse another config than the one whose checksum is there; an early run noted none."""
+        if there.get("config_sha256") not in (None, _sha256(config)):
+            raise ValueError(
+                f"{self.path / 'config.json'} was changed since the run wrote it, or is another "
+                f"run's: its checksum isn't the one in {name}"
+            )
 
     # For training.
 
@@ -191,7 +256,7 @@ class RunDirectory:
         """The metrics of the run that `identity` tells, if it is finished; else None.
 
         Raises:
-            RunError: another run is in this directory.
+            RunError: another run is in this directory, or one whose files are damaged.
         """
         if differences := self._differences(identity):
             raise RunError(
@@ -227,22 +292,35 @@ class RunDirectory:
                     (self.path / name).unlink(missing_ok=True)
             self.kept(identity)
             if (self.path / "config.json").is_file():
+                self._check_derived(config)
                 _warn_if_elsewhere(self.config(), config)
             else:
                 self._write_json("config.json", config)
-            state = self._checkpoint()
+            self._notes = {"config_sha256": _sha256(self._read_config())}
+            try:
+                state = self._state()
+            except ValueError as error:
+                raise RunError(f"{error}: {_ADVICE}") from error
             if state is not None:
+                if "optimizers" not in state:
+                    raise RunError(
+                        f"{self.path} was begun by an earlier version of this code: finish it with "
+                        "that one, give another name, or remove the folder"
+                    )
                 self._write_derived(state)  # a kill may have come between last.pt and these
             yield state
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a trainer's state: last.pt first, the one file that a resumed run believes."""
-        self._write_tensors("last.pt", state)
+        self._write_tensors("last.pt", state | self._notes)
         self._write_derived(state)
 
     def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Write metrics.json, with the run's name and the checksum of its weights; returns it."""
-        metrics = {"name": self.path.name, **metrics, "weights_sha256": self.checksum()}
+        """Write metrics.json, with the run's name and checksums of its files; returns it."""
+        self._check_held()
+        history = _curves((self.path / "history.csv").read_text(encoding="utf-8"))
+        checksums = {"weights_sha256": self.checksum(), **self._notes, "history_sha256": history}
+        metrics = {"name": self.path.name, **metrics, **checksums}
         self._write_json("metrics.json", metrics)
         return metrics
 
@@ -263,16 +341,28 @@ class RunDirectory:
         self._write(name, buffer.getvalue())
 
     def _write(self, name: str, content: bytes) -> None:
+        self._check_held()
         try:
             write_file(self.path / name, content)
         except OSError as error:
+            self._check_held()
             raise OSError(
                 f"{error}; the run is intact up to its last finished epoch: make room, then the "
                 "same command goes on"
             ) from error
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def make(self) -> None:
+        """Make the folder, unless it is there.
+
+        Raises:
+            RunError: something else is in its place. OSError: it can't be made.
+        """
+        for place in (self.path, *self.path.parents):
+            if place.is_symlink() and not place.exists():
+                raise RunError(
+                    f"{place} is a link to {os.readlink(place)}, which isn't there: mend the link, "
+                    "or give another name"
+                )
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file, not a run directory: give another name")
         try:
@@ -282,7 +372,14 @@ class RunDirectory:
                 f"can't make the run directory {self.path}: {error.strerror}; name one that can be "
                 "written"
             ) from error
-        lock = filelock.FileLock(self.path / ".lock")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.make()
+        file = self.path / ".lock"
+        if file.is_symlink():
+            raise RunError(f"{file} is a link, which no lock of ours is: remove it")
+        lock = filelock.FileLock(file)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -292,27 +389,27 @@ class RunDirectory:
         except NotImplementedError:
             pass  # a file system without locks
         try:
+            self._lock = _status(file)
             yield
         finally:
             lock.release()
 
-    def _checkpoint(self) -> dict[str, Any] | None:
-        file = self.path / "last.pt"
-        if not file.is_file():
-            return None
-        try:
-            state = read_tensors(file)
-        except ValueError as error:
+    def _check_held(self) -> None:
+        """Refuse to write into a folder that isn't the one that was locked, or no more there."""
+        if not self.path.is_dir() or _status(self.path / ".lock") != self._lock:
             raise RunError(
-                f"{file} is damaged, so this run can't go on from it: put a whole copy there, or "
-                "remove it, and the same command begins again"
-            ) from error
-        if "optimizers" not in state:
-            raise RunError(
-                f"{self.path} was begun by an earlier version of this code: finish it with "
-                "that one, give another name, or remove the folder"
+                f"{self.path} was removed, renamed or replaced during its run, which ends here: "
+                "put it back, and the same command goes on from its last finished epoch"
             )
-        return state
+
+    def _check_derived(self, config: dict[str, Any]) -> None:
+        """Refuse a config.json that isn't what its identity makes of the data at hand."""
+        there = self._read_config()
+        if changed := [name for name in _DERIVED if there[name] != _as_json(config[name])]:
+            raise RunError(
+                f"{self.path / 'config.json'} was changed since the run wrote it, or is of another "
+                f"version: its {', '.join(changed)} isn't what recipe and data give: {_ADVICE}"
+            )
 
     def _differences(self, identity: dict[str, Any]) -> list[str]:
         """In which fields the run that is there isn't the one meant.
@@ -320,13 +417,55 @@ class RunDirectory:
         A field that an older run doesn't have is taken as it is now.
         """
         if not (self.path / "config.json").is_file():
+            if left := [name for name in FILES if (self.path / name).is_file()]:
+                raise RunError(
+                    f"{self.path} holds {', '.join(left)} without a config.json to say whose they "
+                    f"are: {_ADVICE}"
+                )
             return []
         try:
             there = self.config()
         except ValueError as error:
-            raise RunError(f"{error}: give another name, or remove it") from error
-        now = json.loads(json.dumps(identity))  # with lists for tuples, as it was read
+            raise RunError(f"{error}: {_ADVICE}") from error
+        now = _as_json(identity)
         return _unlike({k: there.get(k, now[k]) for k in now}, now)
+
+
+def _as_json(value: Any) -> Any:
+    """With lists for tuples, as it is read again."""
+    return json.loads(json.dumps(value))
+
+
+def _agrees(rows: pd.DataFrame, curves: str, metrics: dict[str, Any]) -> bool:
+    """Whether a history is the one that those metrics were taken from."""
+    names = ["train_acc", "val_acc", "val_loss"]
+    best = rows[rows["epoch"] == metrics["best_epoch"]][names].to_numpy()
+    told = np.array([[metrics[name] for name in names]], dtype="float64")
+    return (
+        len(rows) == metrics["epochs_run"]
+        and best.shape == told.shape
+        and np.allclose(best, told, rtol=1e-9, equal_nan=True)
+        and np.isclose(rows["seconds"].sum(), metrics["seconds_train"])
+        and metrics.get("history_sha256", curves) == curves
+    )
+
+
+def _curves(history: str) -> str:
+    """The checksum of a history.csv but for its last column, the times, which never repeat."""
+    return _sha256([line.rpartition(",")[0] for line in history.splitlines()])
+
+
+def _sha256(value: Any) -> str:
+    """The checksum of a JSON value, however it was laid out in its file."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _status(file: Path) -> tuple[int, int] | None:
+    """Which file it is, whatever its name; None where there is none."""
+    with suppress(OSError):
+        status = file.lstat()
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _unlike(old: Any, new: Any, name: str = "") -> list[str]:
@@ -372,13 +511,15 @@ def write_file(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a run that was killed; or a link, never followed
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OSError(f"can't write {path}: {error.strerror}") from error
 
 

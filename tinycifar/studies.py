@@ -28,6 +28,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -82,7 +83,7 @@ def load_study(file: str | Path) -> Study:
         raise FileNotFoundError(f"no study at {file}; there: {beside}")
     try:
         return _study(file.stem, yaml.load(file.read_text(encoding="utf-8"), _Loader))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file.name} is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
@@ -315,7 +316,8 @@ def _ended(futures: dict[Future, RunDirectory], epochs: int, progress: bool) -> 
             ended, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
             bar.clear()
             yield from ended
-            bar.n = sum(len(run.history()) for run in futures.values())
+            with suppress(ValueError):  # damaged; a run that goes on writes it anew
+                bar.n = sum(len(run.history()) for run in futures.values())
             bar.refresh()
 
 

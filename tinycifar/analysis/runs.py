@@ -121,7 +121,8 @@ class Run:
         """`data` as the run saw it.
 
         Raises:
-            ValueError: it isn't what the run was trained on.
+            ValueError: it isn't what the run was trained on, or config.json tells other channel
+            statistics or classes than its own.
         """
         was, limit = self.config["data_sha256"], self.config.get("limit")
         if data.checksum != was:
@@ -130,7 +131,13 @@ class Run:
                 f"{data.title} ({data.checksum[:12]}): pass "
                 f"tinycifar.data.load({self.config['dataset']!r}, limit={limit})"
             )
-        return DataSplits(data, self.protocol)
+        splits = DataSplits(data, self.protocol)
+        if (splits.stats, list(data.classes)) != (self.stats, self.config["classes"]):
+            raise ValueError(
+                f"{self.folder / 'config.json'} was changed since the run: its mean, std or "
+                f"classes aren't those of {data.title}, which were {splits.stats}"
+            )
+        return splits
 
 
 def load_run(run: str | PathLike[str]) -> Run:
