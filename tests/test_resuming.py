@@ -251,39 +251,28 @@ def test_a_flipped_bit_is_never_gone_on_with(tiny, whole, interrupted, file):
     else:
         with pytest.raises(ValueError, match=r"best\.pt is refused: it is damaged"):
             load_pretrained(interrupted)
-        train(FOUR, interrupted, dataset=tiny, progress=False)  # it is written anew from last.pt
+        train(FOUR, interrupted, dataset=tiny, progress=False)  # it is written again, from last.pt
         assert_same_outcome(whole, interrupted)
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_state_without_its_config_is_not_taken_for_another_seeds(
-    tiny, whole, interrupted, tmp_path, finished
-):
-    if finished:
-        shutil.copytree(whole, tmp_path / "finished")
-    folder = tmp_path / "finished" if finished else interrupted
-    (folder / "config.json").unlink()
-    before = contents(folder)
-    with pytest.raises(RunError, match=r"without a config\.json to say whose"):
-        train(FOUR, folder, seed=77, dataset=tiny, progress=False)
-    assert contents(folder) == before
+def test_another_config_or_none_is_never_gone_on_with(tiny, whole, interrupted, tmp_path):
+    for folder in (interrupted, shutil.copytree(whole, tmp_path / "finished")):
+        config = json.loads((folder / "config.json").read_text())
+        config["mean"][0] -= 0.1
+        (folder / "config.json").write_text(json.dumps(config))
+        before = contents(folder)
+        says = r"config\.json was changed since the run wrote it"
+        with pytest.raises(RunError, match=says):
+            train(FOUR, folder, dataset=tiny, progress=False)
+        with pytest.raises(ValueError, match=says):
+            load_pretrained(folder)
+        assert contents(folder) == before
 
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_images_are_never_normalised_by_another_mean(tiny, whole, interrupted, tmp_path, finished):
-    if finished:
-        shutil.copytree(whole, tmp_path / "finished")
-    folder = tmp_path / "finished" if finished else interrupted
-    config = json.loads((folder / "config.json").read_text())
-    config["mean"][0] -= 0.1
-    (folder / "config.json").write_text(json.dumps(config))
-    before = contents(folder)
-    says = r"config\.json was changed since the run wrote it"
-    with pytest.raises(RunError, match=says):
-        train(FOUR, folder, dataset=tiny, progress=False)
-    with pytest.raises(ValueError, match=says):
-        load_pretrained(folder)
-    assert contents(folder) == before
+        (folder / "config.json").unlink()
+        before = contents(folder)
+        with pytest.raises(RunError, match=r"without a config\.json to say whose"):
+            train(FOUR, folder, seed=77, dataset=tiny, progress=False)
+        assert contents(folder) == before
 
 
 def test_a_finished_run_is_returned_without_writing(tiny, whole):

@@ -326,7 +326,7 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path):
     state = {"epoch": 3, "lr": 0.1, "w": torch.randn(100), "steps": torch.arange(5)}
     torch.save(state, tmp_path / "whole.pt")
     whole, refused = (tmp_path / "whole.pt").read_bytes(), 0
-    for place in range(0, 8 * len(whole), 17):  # every bit of a byte in turn, also of the directory
+    for place in range(0, 8 * len(whole), 41):  # every bit of a byte in turn, also of the directory
         flipped = bytearray(whole)
         flipped[place // 8] ^= 1 << place % 8
         (tmp_path / "flipped.pt").write_bytes(flipped)
@@ -338,7 +338,7 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path):
         else:  # in the padding between records
             tensors = [found.pop("w").equal(state["w"]), found.pop("steps").equal(state["steps"])]
             assert all(tensors) and found == {"epoch": 3, "lr": 0.1}, place
-    assert refused > 300
+    assert refused > 150
 
 
 def test_a_record_marked_as_a_folder_isnt_read_as_zeros(tmp_path):

@@ -316,7 +316,7 @@ def _ended(futures: dict[Future, RunDirectory], epochs: int, progress: bool) -> 
             ended, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
             bar.clear()
             yield from ended
-            with suppress(ValueError):  # damaged; a run that goes on writes it anew
+            with suppress(ValueError):  # damaged; a run that goes on writes it again
                 bar.n = sum(len(run.history()) for run in futures.values())
             bar.refresh()
 
