@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tinycifar.checks import check_choice, check_flag, check_number, check_whole
+from tinycifar.checks import check_choice, check_flag, check_number, check_whole, explained
 
 
 @pytest.mark.parametrize("value", [0, 1, 0.5, 1.0])
@@ -67,3 +67,29 @@ def test_a_choice_lists_the_valid_ones():
         check_choice("compile", "yes", (True, False, "auto"))
     with pytest.raises(ValueError, match=r"^unknown recipe 'quik'; valid: quick, tuned$"):
         check_choice("recipe", "quik", (name for name in ("quick", "tuned")))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "MemoryError",
+        "Unable to allocate 728. TiB for an array with shape (100000000000000,)",
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "std::bad_alloc",
+        "CUDA out of memory. Tried to allocate 20.00 MiB",
+        "[Errno 12] Cannot allocate memory",
+        "libtorch_cpu.so: failed to map segment from shared object",
+        "DataLoader worker (pid 12) is killed by signal: Killed. ",
+        "Kernel died",
+        "A process in the process pool was terminated abruptly while the future was running",
+    ],
+)
+def test_want_of_memory_is_named_by_whatever_it_shows_itself(message):
+    says = explained(message)
+    assert says.startswith(f"most likely memory ran out ({message})")
+    assert "the same command goes on" in says and explained(says) == says
+
+
+def test_other_errors_are_as_they_were():
+    for message in ("lr must be a number", "No space left on device", ""):
+        assert explained(message) == message

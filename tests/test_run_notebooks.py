@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,8 @@ from tinycifar.recipes import RECIPES
 SOURCES = {
     "count": ("n = 1\nrun_dir = None", "import sys\nprint('counted', n, sys.executable)"),
     "divide": ("n = 1", "1 / n"),
+    "die": ("how = 9", "import os\nos.kill(os.getpid(), how)"),
+    "exhaust": ("n = 1", "raise MemoryError"),
     "learn": ("changes = {}\nforce = False\nlr = None", "print('learns', lr, changes)"),
     "wait": (
         "file = ''",
@@ -107,6 +110,37 @@ def test_a_failed_notebook_says_why_and_keeps_the_good_one(small, tmp_path):
     with pytest.raises(RuntimeError, match=r"division by zero .ZeroDivisionError; see divide.runn"):
         run_notebooks(["divide"], tmp_path / "run", {}, {"n": 0})
     assert (tmp_path / "run" / "divide.ipynb").read_bytes() == good
+
+
+@pytest.mark.parametrize("name", ["die", "exhaust"])
+def test_want_of_memory_is_named(small, tmp_path, capsys, name):
+    """The kernel is killed as the system does where memory runs out; or Python says so."""
+    with pytest.raises(SystemExit):
+        main(["notebook", name, "--run", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert said.startswith("error: most likely memory ran out (") and said.count("\n") == 1
+    assert "the same command goes on" in said
+
+
+NOTEBOOK_WITHOUT_MEMORY = """
+import os
+from tinycifar import notebooks
+from tinycifar.__main__ import main
+def _settle(*_):
+    os.kill(os.getpid(), 9)
+notebooks._settle = _settle
+if __name__ == "__main__":
+    main(["notebook", "stats"])
+"""
+
+
+def test_so_is_it_where_the_settings_are_checked(tmp_path):
+    """In a process of its own, where torch isn't there yet."""
+    script = tmp_path / "script.py"
+    script.write_text(NOTEBOOK_WITHOUT_MEMORY)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert "memory ran out (A process in the process pool was terminated abruptly" in ended.stderr
 
 
 def test_sigterm_ends_the_notebook_too(small, tmp_path, capsys):

@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tinycifar.checks import explained
+
 # What is heavy, torch above all, is imported by the verb that needs it: help is there at once. It
 # isn't taken from docstrings, which `python -OO` drops.
 app = typer.Typer(
@@ -226,8 +228,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _end(f"error: {error.format_message()}", error, error.exit_code)
     except KeyboardInterrupt as error:
         _end("interrupted: the same command goes on from the last finished epoch", error, 130)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        _end(f"error: {error}", error, 1)
+    except (ImportError, MemoryError, OSError, ValueError, RuntimeError) as error:
+        _end(f"error: {explained(str(error) or type(error).__name__)}", error, 1)
 
 
 def _end(message: str, error: BaseException, code: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,3 +55,22 @@ class DataError(RuntimeError):
 
 class DataUnavailable(DataError):
     """CIFAR-10 is neither on the disk nor at its host: `auto` falls back."""
+
+
+# As Python, NumPy, torch, the system's loader, torch's DataLoader, Jupyter and a pool of processes
+# say it; the last three only see that a process is gone.
+_NO_MEMORY = re.compile(
+    r"MemoryError|allocate|bad_alloc|out of memory|insufficient memory|failed to map segment"
+    r"|killed by signal|Kernel died|terminated abruptly",
+    re.IGNORECASE,
+)
+
+
+def explained(message: str) -> str:
+    """An error's message; where it means that memory ran out, says so, and what to do."""
+    if "memory ran out" in message or not _NO_MEMORY.search(message):
+        return message
+    return (
+        f"most likely memory ran out ({message}): close other programs, or use a machine with "
+        "more; the same command goes on from the last finished epoch"
+    )

@@ -18,10 +18,12 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from tinycifar.checks import explained
 from tinycifar.paths import CHECKOUT, shown
 
 NOTEBOOKS = (CHECKOUT or Path.cwd()) / "notebooks"
@@ -54,7 +56,8 @@ def run_notebooks(
         ValueError: no such notebook or parameter, or a setting that training would refuse; the
             message lists the valid names. FileNotFoundError: no run to analyse.
         RunError: the run directory holds another run.
-        RuntimeError: a cell failed; the message is that of its error.
+        RuntimeError: a cell failed, and the message is that of its error; or a process was killed,
+            most likely as memory ran out.
     """
     names = list(names)
     declared = {name: _declared_parameters(name) for name in names}
@@ -63,7 +66,10 @@ def run_notebooks(
         folder, parameters = _settle(declared, *given)
     else:  # in a process that ends: the kernels have better use for the 0.4 GB that torch takes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            folder, parameters = pool.submit(_settle, declared, *given).result()
+            try:
+                folder, parameters = pool.submit(_settle, declared, *given).result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(explained(str(error))) from error
     started = time.time() - 1  # the times of files are coarse
     warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
     log = logging.getLogger("papermill")
@@ -195,7 +201,10 @@ def _execute(name: str, folder: Path, parameters: Parameters) -> None:
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from error
-        raise RuntimeError(f"{error.evalue} [{error.ename}; see {running.name}]") from error
+        says = explained(error.evalue or error.ename)
+        raise RuntimeError(f"{says} [{error.ename}; see {running.name}]") from error
+    except RuntimeError as error:  # the kernel died
+        raise RuntimeError(explained(str(error))) from error
     for key in ("input_path", "output_path"):  # this machine's, in what is meant to be shared
         del notebook.metadata.papermill[key]
     nbformat.write(notebook, running)
