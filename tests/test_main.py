@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,9 +118,10 @@ def test_an_image_of_any_name_is_classified(tmp_path, monkeypatch, capsys, name)
     assert len(lines) == 3 and lines[0].split()[0].endswith("%")
 
 
-def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, by):
     def interrupted(*_):
-        raise KeyboardInterrupt
+        signal.raise_signal(by)
 
     monkeypatch.setattr(weights, "load_pretrained", interrupted)
     said = "interrupted: the same command goes on from the last finished epoch"

@@ -93,6 +93,34 @@ def test_killed_in_an_epoch_and_resumed_it_ends_the_same(tiny, whole, tmp_path):
     assert_same_outcome(whole, folder)
 
 
+WITH_WORKERS = """
+import sys
+from tinycifar import data
+from test_resuming import WORKERS
+from tinycifar.training import train
+train(WORKERS, sys.argv[1], dataset=data.load("shapes", limit=100), device="cpu", workers=2)
+"""
+WORKERS = get_recipe(SMALL, name="workers", epochs=500, build="albumentations")
+
+
+def test_a_killed_run_leaves_no_lock_with_its_loaders_processes(tiny, tmp_path):
+    """They are forked, and outlive it by some seconds."""
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-c", WITH_WORKERS, str(tmp_path)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    started = time.monotonic()
+    while not (tmp_path / "history.csv").is_file():
+        assert process.poll() is None and time.monotonic() < started + 120
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = []
+    train(
+        WORKERS, tmp_path, dataset=tiny, progress=False, on_epoch=lambda row: not done.append(row)
+    )
+    assert done[0]["epoch"] == 1
+
+
 def test_stopped_at_every_file_in_turn_it_ends_the_same(tiny, whole, tmp_path, monkeypatch):
     """Each attempt comes one file further than the one before."""
     attempts, move = 0, os.replace

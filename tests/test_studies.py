@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -207,21 +208,18 @@ def test_a_killed_process_is_named(tiny, tmp_path, monkeypatch):
         train_many([ONE_EPOCH], dataset=tiny, folder=tmp_path, progress=False)
 
 
-A_SWEEP = """
-import sys
-from tinycifar.studies import train_many
-train_many(["baseline"], dataset="shapes", folder=sys.argv[1], jobs=1)
-"""
-
-
-def test_a_killed_sweep_leaves_nothing_training(tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_sweep_leaves_nothing_training(tmp_path, by):
     """Its processes would hold their runs' locks, and the cores."""
-    sweep = subprocess.Popen([sys.executable, "-c", A_SWEEP, str(tmp_path)])
+    options = ["--seed", "0", "--dataset", "shapes", "--jobs", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "tinycifar", "sweep", "baseline", *options]
+    sweep = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     run_dir = tmp_path / "baseline-val-seed0"
     wait_until((run_dir / "config.json").is_file, 240)
     assert locked(run_dir)
-    sweep.kill()
-    sweep.wait()
+    sweep.send_signal(by)
+    _, said = sweep.communicate()
+    assert ("the same command goes on" in said) == (by == signal.SIGTERM)
     wait_until(lambda: not locked(run_dir), 30)
 
 
