@@ -125,3 +125,16 @@ def test_the_callers_random_stream_is_left_alone(net, tiny, stats):
     state = torch.get_rng_state()
     log_probabilities(net, tiny.test_images, stats, tta=True)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_threads_give_the_switches_back_when_the_last_is_done():
+    """The first to come is the first to go, in the midst of the other's work."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    first, second = full_precision(), full_precision()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("ieee", True)
+    second.__exit__(None, None, None)
+    assert (cudnn.conv.fp32_precision, cudnn.deterministic) == before

@@ -491,6 +491,13 @@ def test_a_lock_of_another_library_is_respected(begun, tiny):
             pass
 
 
+def test_metrics_are_never_nan(begun):
+    begun.save(state())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        begun.finish({"test_loss": math.nan})
+    assert not begun.is_finished
+
+
 def test_opening_makes_the_folder_or_says_why_it_cant(tmp_path, tiny):
     who = identity(SMALL, 0, "val", tiny)
     new = RunDirectory(tmp_path / "a" / "b")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import NETWORK, SMALL, assert_same_outcome, history
+from torch.utils._pytree import tree_leaves
 
 import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny
@@ -245,6 +248,17 @@ def test_a_run_in_bfloat16_repeats_and_is_near_one_in_float32(tiny, tmp_path):
     assert losses["a"] == pytest.approx(losses["c"], rel=0.03)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_bfloat16_on_a_cpu_that_lacks_it_is_said_first(tiny, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr("tinycifar.acceleration.computes_bfloat16", lambda: False)
+    monkeypatch.setattr(Trainer, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(KeyboardInterrupt):
+        train(get_recipe(ONE_EPOCH, precision=precision), tmp_path, dataset=tiny, progress=False)
+    assert [w.filename for w in warned] == [__file__] * (precision == "bfloat16")
+    if warned:
+        assert "no instructions for bfloat16" in str(warned[0].message)
+
+
 def test_without_a_compiler_training_goes_on(tiny, tmp_path, monkeypatch):
     def no_compiler(model, **options):
         def program(images):
@@ -413,6 +427,73 @@ def test_a_teacher_that_saw_more_is_refused(tiny, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_teacher_that_diverged_is_named(tiny, tmp_path):
+    train(ONE_EPOCH, tmp_path / "t", dataset=tiny, progress=False)
+    run = RunDirectory(tmp_path / "t")
+    weights = torch.load(run.path / "best.pt", weights_only=True)
+    torch.save({k: v * float("nan") for k, v in weights.items()}, run.path / "best.pt")
+    metrics = run.metrics() | {"weights_sha256": run.checksum()}
+    (run.path / "metrics.json").write_text(json.dumps(metrics))
+    taught = get_recipe(ONE_EPOCH, teacher=str(run.path))
+    with pytest.raises(RunError, match=r"teacher .*t' diverged: its weights aren't finite"):
+        train(taught, tmp_path / "r", dataset=tiny)
+    assert not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------------- diverging
+
+
+def assert_refused_as_diverged(recipe, folder, dataset, says, **settings):
+    with pytest.raises(RunError, match=f"{says}.*: the training diverged.*lower lr"):
+        train(recipe, folder, dataset=dataset, progress=False, **settings)
+    assert not (folder / "metrics.json").exists()
+    for name in ("last.pt", "best.pt"):
+        if (folder / name).exists():
+            content = torch.load(folder / name, weights_only=True)
+            tensors = [t for t in tree_leaves(content) if isinstance(t, torch.Tensor)]
+            assert all(t.isfinite().all() for t in tensors), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"epochs": 1}], ids=str)
+def test_a_run_that_diverges_in_its_last_epoch_never_counts_as_finished(tmp_path, changes):
+    """Of one epoch the weights are finite still, and the test loss isn't."""
+    wild = {"epochs": 3, "lr": 100.0, "momentum": 0.9999, "schedule": "constant", "width": 0.1}
+    recipe = get_recipe("quick", optimizer="sgd", batch_size=32, **wild | changes)
+    says = "the test loss is nan" if changes.get("epochs") else "not all weights are finite"
+    few = data.load("shapes", limit=100)
+    assert_refused_as_diverged(recipe, tmp_path / "r", few, says, protocol="full")
+
+
+@pytest.mark.parametrize("protocol", ["val", "full"])
+@pytest.mark.parametrize(
+    ("poisoned", "says"),
+    [
+        (lambda t: t.model.head.weight, "not all weights are finite after epoch 2"),
+        (lambda t: t.model.get_buffer("stem.1.running_var"), "not all weights are"),
+        (lambda t: t.ema.module.head.weight, "not all averaged weights are"),
+        (lambda t: t.optimizers[0].state[t.model.head.weight]["exp_avg_sq"], "not all optimizer"),
+    ],
+    ids=["weights", "BatchNorm", "average", "optimizer"],
+)
+def test_whatever_overflows_in_the_last_step_is_found(
+    tiny, tmp_path, monkeypatch, protocol, poisoned, says
+):
+    """The loss is of the weights before the step, and infinite variances divide to zero."""
+    recipe = get_recipe(SMALL, epochs=2, optimizer="adamw", lr=0.001, ema=0.9, batch_size=90)
+    steps, step = [], Trainer.step
+
+    def overflows(trainer, *batch):
+        steps.append(step(trainer, *batch))
+        if len(trainer.history) == 1 and len(steps) == 2 * len(trainer.loader):
+            with torch.no_grad():
+                poisoned(trainer).view(-1)[0] = float("inf")
+        return steps[-1]
+
+    monkeypatch.setattr(Trainer, "step", overflows)
+    assert_refused_as_diverged(recipe, tmp_path / "r", tiny, says, protocol=protocol)
+    assert len(history(tmp_path / "r")) == 1
+
+
 # ------------------------------------------------------------------------------------- protocols
 
 
@@ -513,6 +594,43 @@ def test_the_callers_random_stream_and_settings_are_left_alone(tiny, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_the_callers_autocast_is_not_the_recipes_precision(tiny, tmp_path):
+    train(ONE_EPOCH, tmp_path / "alone", dataset=tiny, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(ONE_EPOCH, tmp_path / "within", dataset=tiny, progress=False)
+        assert torch.is_autocast_enabled("cpu")
+    assert_same_outcome(tmp_path / "alone", tmp_path / "within")
+
+
+def test_a_second_training_in_the_process_is_refused_and_disturbs_nothing(tiny, tmp_path):
+    """From another thread, or from within on_epoch."""
+    begun, tried, refused = threading.Event(), threading.Event(), []
+
+    def other():
+        begun.wait(60)
+        refuse("other")
+        tried.set()
+
+    def refuse(name):
+        with pytest.raises(RunError, match=r"in this process.*train_many"):
+            train(ONE_EPOCH, tmp_path / name, seed=1, dataset=tiny, progress=False)
+        refused.append(name)
+
+    def on_epoch(row):
+        begun.set()
+        assert tried.wait(60)
+        refuse("nested")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    train(ONE_EPOCH, tmp_path / "r", dataset=tiny, progress=False, on_epoch=on_epoch)
+    thread.join()
+    assert refused == ["other", "nested"] and not (tmp_path / "other").exists()
+    assert not torch.are_deterministic_algorithms_enabled()
+    train(ONE_EPOCH, tmp_path / "alone", dataset=tiny, progress=False)
+    assert_same_outcome(tmp_path / "r", tmp_path / "alone")
 
 
 def test_silent_when_told_and_a_line_an_epoch_otherwise(tiny, tmp_path, capsys):

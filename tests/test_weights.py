@@ -82,6 +82,13 @@ def test_a_presets_name_loads_its_published_weights():
     assert (list(loaded.classes), list(loaded.mean)) == (config["classes"], config["mean"])
 
 
+def test_loading_draws_no_random_numbers():
+    """Of which a training in another thread may be making its initial weights."""
+    before = torch.get_rng_state()
+    load_pretrained("quick")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_unknown_run_is_named():
     with pytest.raises(FileNotFoundError, match="no run at 'nowhere'"):
         load_pretrained("nowhere")

@@ -51,6 +51,12 @@ class CompiledNetwork:
     ):
         self.model, self.batch_size, self.sides = model, batch_size, set(sides)
         on_cpu = next(model.parameters()).device.type == "cpu"
+        if on_cpu and precision == torch.bfloat16 and not computes_bfloat16():
+            warnings.warn(
+                "this CPU has no instructions for bfloat16: a step in it takes about ten times as "
+                'long as one in float32; precision="float32" trains without',
+                stacklevel=4,  # the line that called train
+            )
 
         def prepared(norms: bool) -> nn.Module:
             fast = accelerated(model, precision, norms) if on_cpu else model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -90,13 +91,30 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+class _FullPrecision:
+    """What `full_precision` has in use, and what it gives back."""
+
+    lock, users, before = threading.Lock(), 0, (None,) * 3
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions on a GPU are deterministic and in float32; by default they round to TF32."""
+    """Convolutions on a GPU are deterministic and in float32; by default they round to TF32.
+
+    These switches are the whole process's: of several threads the first sets them, and the last
+    gives them back.
+    """
     cudnn: Any = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
-    cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = "ieee", True, False
+    state = _FullPrecision
+    with state.lock:
+        state.users += 1
+        if state.users == 1:
+            state.before = cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
+            cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = "ieee", True, False
     try:
         yield
     finally:
-        cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
+        with state.lock:
+            state.users -= 1
+            if not state.users:
+                cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = state.before

@@ -333,7 +333,7 @@ class RunDirectory:
         self._write_tensors("best.pt", state["best"][-1])
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        self._write(name, (json.dumps(value, indent=2) + "\n").encode())
+        self._write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def _write_tensors(self, name: str, value: Any) -> None:
         buffer = io.BytesIO()

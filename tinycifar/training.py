@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -231,9 +232,9 @@ def train(
     Raises:
         ValueError: bad input. data.DataError: the data set isn't available. FileNotFoundError:
         there is no such teacher. ImportError: the recipe's build is of a library that isn't
-        installed. RunError: the run directory holds another run, or the loss is no longer finite.
-        OSError: a file can't be written. In each case the run is intact up to its last finished
-        epoch.
+        installed. RunError: the run directory holds another run, another training is in progress
+        in this process, or a loss or weight is no longer finite. OSError: a file can't be written.
+        In each case the run is intact up to its last finished epoch.
     """
     check_flag("force", force)
     experiment = settle(recipe, seed, protocol, dataset, device, workers, compile)
@@ -251,22 +252,23 @@ def train(
                 trainer.load_state_dict(state)
             try:
                 trainer.fit(run.save, on_epoch)
+                metrics = trainer.measure()
             except KeyboardInterrupt:
                 print(f"Interrupted: {run.path} is intact; the same command goes on from there.")
                 raise
             except Diverged as error:
                 raise RunError(
-                    f"{error}: training stopped there, and {run.path} is intact up to its last "
+                    f"{error}: the training diverged, and {run.path} is intact up to its last "
                     f"finished epoch; try another name with a lower lr ({_rates(trainer)})"
                 ) from error
-            return run.finish(trainer.measure())
+            return run.finish(metrics)
 
 
 # --------------------------------------------------------------------------------------- the loop
 
 
 class Diverged(RuntimeError):
-    """A loss that is no longer finite."""
+    """A loss, or what the next step starts from, is no longer finite."""
 
 
 class Trainer:
@@ -293,6 +295,8 @@ class Trainer:
         if recipe.teacher is not None:
             run = experiment.teacher or RunDirectory(find_run(recipe.teacher))
             teacher: Any = load_network(run)
+            if not _all_finite(teacher.state_dict().values()):
+                raise RunError(f"teacher {recipe.teacher!r} diverged: its weights aren't finite")
             teacher = fuse(teacher) if isinstance(teacher, NetCIFAR10_Tiny) else teacher
             self.teacher = teacher.to(device, memory_format=torch.channels_last)
         self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
@@ -345,12 +349,13 @@ class Trainer:
         """Train and evaluate the next epoch; returns its row of the history.
 
         Raises:
-            Diverged: a loss is no longer finite.
+            Diverged: a loss, a weight or an optimizer's state is no longer finite.
         """
         recipe, splits = self.experiment.recipe, self.experiment.splits
         epoch, started = len(self.history) + 1, time.perf_counter()
         self.memory.trim()
         train_loss, train_acc = self._train_pass(epoch)
+        self._require_finite_state(epoch)
         val_loss = val_acc = None
         if splits.selection is not None:
             self.memory.trim()
@@ -387,6 +392,22 @@ class Trainer:
                 bar.update()
         n = len(self.experiment.splits.train_index)
         return loss_sum.item() / n, 100 * correct.item() / n
+
+    def _require_finite_state(self, epoch: int) -> None:
+        """The loss is of the weights before the last step, and knows nothing of an average."""
+        tensors = {
+            "weights": self.model.state_dict().values(),
+            "averaged weights": self.evaluated.state_dict().values(),
+            "optimizer's averages": [
+                value
+                for optimizer in self.optimizers
+                for state in optimizer.state.values()
+                for value in state.values()
+            ],
+        }
+        for what, values in tensors.items():
+            if not _all_finite(values):
+                raise Diverged(f"not all {what} are finite after epoch {epoch}")
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step on a batch: images float32 (N, 3, H, W), labels int64 (N,).
@@ -434,13 +455,21 @@ class Trainer:
         self.best_epoch, self.best_loss, self.best_weights = state["best"]
 
     def measure(self) -> dict[str, Any]:
-        """Evaluate the selected weights on test: all that metrics.json holds of the training."""
+        """Evaluate the selected weights on test: all that metrics.json holds of the training.
+
+        Raises:
+            Diverged: their loss isn't finite.
+        """
         self.memory.trim()
         experiment, splits = self.experiment, self.experiment.splits
         self.evaluated.load_state_dict(self.best_weights)
         images, labels = splits.test
         log_p = log_probabilities(self.evaluated, images, splits.stats)
         log_p_tta = log_probabilities(self.evaluated, images, splits.stats, tta=True)
+        test_loss = F.nll_loss(log_p, labels).item()
+        # Finite weights may still be too large for a network in eval mode.
+        _require_finite(test_loss, "the test loss")
+        _require_finite(F.nll_loss(log_p_tta, labels).item(), "the test loss of mirrored images")
         costs, best = layer_costs(self.evaluated), self.history[self.best_epoch - 1]
         seconds = sum(row["seconds"] for row in self.history)
         return {
@@ -455,7 +484,7 @@ class Trainer:
             "best_epoch": self.best_epoch,
             **{name: best[name] for name in ("train_acc", "val_acc", "val_loss")},
             "test_acc": accuracy(log_p, labels),
-            "test_loss": F.nll_loss(log_p, labels).item(),
+            "test_loss": test_loss,
             "test_acc_tta": accuracy(log_p_tta, labels),
             "seconds_train": seconds,
             "images_per_second": len(self.history) * len(splits.train_index) / seconds,
@@ -479,6 +508,10 @@ def _require_finite(value: float, what: str) -> None:
         raise Diverged(f"{what} is {value}")
 
 
+def _all_finite(values: Iterable[Any]) -> bool:
+    return all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor))
+
+
 def _rates(trainer: Trainer) -> str:
     """The highest rates of a training, in words."""
     return "this recipe's: " + ", ".join(f"{o.defaults['lr']:g}" for o in trainer.optimizers)
@@ -495,22 +528,43 @@ def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------ around a training
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic algorithms and our own random stream, all given back afterwards."""
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    filled = memory.fill_uninitialized_memory
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), full_precision():
-        torch.use_deterministic_algorithms(True)
-        # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
-        memory.fill_uninitialized_memory = False
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before, warn_only=only_warned)
-            memory.fill_uninitialized_memory = filled
+    """Deterministic algorithms and our own random stream, all given back afterwards.
+
+    These are the whole process's, so one training at a time has them. Another is refused rather
+    than kept waiting: from within `on_epoch` it would wait for itself.
+
+    Raises:
+        RunError: another training is in progress in this process.
+    """
+    if not _one_at_a_time.acquire(blocking=False):
+        raise RunError(
+            "another training is in progress in this process, and each needs torch's random stream "
+            "and settings for itself: wait for it, or use train_many, which gives each run a "
+            "process of its own"
+        )
+    try:
+        before = torch.are_deterministic_algorithms_enabled()
+        only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+        memory: Any = torch.utils.deterministic
+        filled = memory.fill_uninitialized_memory
+        random_stream = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        recipes_precision = torch.autocast(device.type, enabled=False)  # not the caller's
+        with random_stream, full_precision(), recipes_precision:
+            torch.use_deterministic_algorithms(True)
+            # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
+            memory.fill_uninitialized_memory = False
+            try:
+                yield
+            finally:
+                torch.use_deterministic_algorithms(before, warn_only=only_warned)
+                memory.fill_uninitialized_memory = filled
+    finally:
+        _one_at_a_time.release()
 
 
 def _line(row: Row, epochs: int) -> str:

@@ -43,7 +43,9 @@ def load_network(run: RunDirectory) -> Any:
     """The same for a run directory; see `load_pretrained`."""
     config = run.config()
     try:
-        model: Any = make_network(len(config["classes"]), config["model"])
+        # No random numbers are drawn there, from a stream that a training may be using.
+        with torch.device("meta"):
+            model: Any = make_network(len(config["classes"]), config["model"])
         model.classes = tuple(config["classes"])
         model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
     except (KeyError, TypeError, ValueError) as error:
@@ -51,7 +53,7 @@ def load_network(run: RunDirectory) -> Any:
             f"{run.path / 'config.json'} is not the config.json of a run: {error!r}"
         ) from error
     run.verify_weights()
-    return load_weights(run.path / "best.pt", model).eval()
+    return load_weights(run.path / "best.pt", model.to_empty(device="cpu")).eval()
 
 
 def load_weights(path: str | Path, model: nn.Module) -> nn.Module:
