@@ -1,33 +1,38 @@
 """The benchmark's machinery: that it times what it says. How fast anything is, no test asks."""
 
-import importlib.util
+import importlib
 import json
 import pickle
+import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
+from helpers import SMALL
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar import publish
 from tinycifar.data import Stats, load
 from tinycifar.paths import CHECKOUT
-from tinycifar.training import settle
+from tinycifar.recipes import get_recipe
+from tinycifar.training import settle, train
 
 FOLDER = CHECKOUT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def bench():
+def script():
     sys.path.insert(0, str(FOLDER))  # as for a script that is run from there
     try:
-        spec = importlib.util.spec_from_file_location("bench", FOLDER / "bench.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield importlib.import_module
     finally:
         sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def bench(script):
+    return script("bench")
 
 
 @pytest.mark.parametrize("name", ["reference", "ours"])
@@ -81,3 +86,28 @@ def test_the_committed_figures_can_be_shown(bench):
         assert row["figure"] in table and row["measured"] in table
     assert result["machine"]["processor"] in table
     assert bench.plot(result).axes
+
+
+# -------------------------------------------------------------------------------------- kills
+
+
+def test_killed_and_resumed_runs_are_counted_and_compared():
+    command = [sys.executable, FOLDER / "kills.py", "--kills", "2", "--only", "adamw, cosine"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 kills (1 of the process alone)" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["all", "2", "kills,", "0", "differences"]
+
+
+def test_a_run_that_ends_otherwise_is_named(script, tiny, tmp_path):
+    for folder, seed in (("a", 0), ("same", 0), ("other", 1)):
+        recipe = get_recipe(SMALL, epochs=1)
+        train(recipe, tmp_path / folder / "run", seed=seed, dataset=tiny, progress=False)
+    kills = script("kills")
+    assert list(kills.differences(tmp_path / "a", tmp_path / "same")) == []
+    assert "has other weights" in next(kills.differences(tmp_path / "a", tmp_path / "other"))
+    history = tmp_path / "same" / "run" / "history.csv"
+    history.write_text(history.read_text().replace("1,", "2,", 1))
+    assert "has another history" in next(kills.differences(tmp_path / "a", tmp_path / "same"))
+    (tmp_path / "other" / "run" / "metrics.json").unlink()
+    assert "isn't finished" in next(kills.differences(tmp_path / "a", tmp_path / "other"))
