@@ -136,12 +136,15 @@ def differences(undisturbed: Path, killed: Path) -> Iterator[str]:
     """In what the runs of one folder differ from those of the other, in words."""
     for config in _configs(undisturbed):
         one, other = RunDirectory(config.parent), RunDirectory(killed / config.parent.name)
-        if not other.is_finished:
-            yield f"{other.path} isn't finished"
-        elif one.checksum() != other.checksum():
-            yield f"{other.path} has other weights"
-        elif not _curves(one).equals(_curves(other)):
-            yield f"{other.path} has another history"
+        try:
+            if not other.is_finished:
+                yield f"{other.path} isn't finished"
+            elif one.checksum() != other.checksum():
+                yield f"{other.path} has other weights"
+            elif not _curves(one).equals(_curves(other)):
+                yield f"{other.path} has another history"
+        except ValueError as error:  # one of its files is damaged
+            yield str(error)
 
 
 def _curves(run: RunDirectory) -> Any:

@@ -108,6 +108,6 @@ def test_a_run_that_ends_otherwise_is_named(script, tiny, tmp_path):
     assert "has other weights" in next(kills.differences(tmp_path / "a", tmp_path / "other"))
     history = tmp_path / "same" / "run" / "history.csv"
     history.write_text(history.read_text().replace("1,", "2,", 1))
-    assert "has another history" in next(kills.differences(tmp_path / "a", tmp_path / "same"))
+    assert "is damaged" in next(kills.differences(tmp_path / "a", tmp_path / "same"))
     (tmp_path / "other" / "run" / "metrics.json").unlink()
     assert "isn't finished" in next(kills.differences(tmp_path / "a", tmp_path / "other"))
