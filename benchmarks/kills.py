@@ -64,6 +64,8 @@ CASES: dict[str, dict[str, Any]] = {  # what a case changes, and how many loader
 def carry_out(folder: Path, recipe: Recipe, workers: int = 0, many: bool = False) -> None:
     """Train a case, or go on with it: in a process that leads a group of its own."""
     os.setpgid(0, 0)
+    with open(f"{folder}.log", "a") as log:  # Python's own words about semaphores left by the dead
+        os.dup2(log.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
     few = data.load("shapes", limit=100)
     settings: dict[str, Any] = {"dataset": few, "device": "cpu", "progress": False}
@@ -107,7 +109,8 @@ def torment(case: dict[str, Any], kills: int, chance: random.Random, folder: Pat
                 tally.group += by_group
                 tally.alone += not by_group
             elif not done:
-                tally.wrong.append(f"after {tally.kills} kills it ends with exit status {code}")
+                said = Path(f"{run}.log").read_text()[-1000:]
+                tally.wrong.append(f"after {tally.kills} kills it ends with {code}: {said}")
             now = {f.parent.name: len(RunDirectory(f.parent).history()) for f in _configs(run)}
             lost = [name for name in epochs if now.get(name, 0) < epochs[name]]
             tally.wrong += [f"{name} lost epochs: {epochs} became {now}" for name in lost]
