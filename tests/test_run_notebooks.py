@@ -167,7 +167,7 @@ def test_an_unknown_name_stops_before_anything_runs(small, executed, tmp_path):
         run_notebooks(["count"], tmp_path / "run", {}, {"epochs": 7})
     with pytest.raises(ValueError, match=r"no parameter 'epoch' in learn; valid: .*epochs.*width"):
         run_notebooks(["learn"], tmp_path / "run", {}, {"epoch": 7})
-    with pytest.raises(ValueError, match="no notebook 'cuont'; valid: count, .*learn"):
+    with pytest.raises(ValueError, match=r"no notebook 'cuont'; valid: count, .*learn"):
         run_notebooks(["cuont"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
