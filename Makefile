@@ -8,7 +8,7 @@ PY := "$(VENV)/bin/python"
 
 # Settings reach Python through the environment, as TINYCIFAR_<NAME>, and no shell reads them: quotes,
 # $ and backticks in a name arrive as they are. An empty setting means its default.
-SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE RECIPES SEEDS STUDY JOBS FOLDER
+SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE ONNX CSV RECIPES SEEDS STUDY JOBS FOLDER
 ON_THE_COMMAND_LINE := $(foreach name,$(SETTINGS),$(if $(findstring command,$(origin $(name))),$(name)))
 define pass_on
 override $(1) := $$(value $(1))

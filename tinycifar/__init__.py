@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tinycifar.analysis import find_runs as find_runs
     from tinycifar.analysis import load_run as load_run
     from tinycifar.data import load as load
+    from tinycifar.inference import classify as classify
+    from tinycifar.inference import load_onnx as load_onnx
     from tinycifar.recipes import RECIPES as RECIPES
     from tinycifar.recipes import Recipe as Recipe
     from tinycifar.recipes import get_recipe as get_recipe
@@ -34,9 +36,11 @@ _HOMES = {
     "RECIPES": "recipes",
     "Recipe": "recipes",
     "RunError": "run_directory",
+    "classify": "inference",
     "find_runs": "analysis",
     "get_recipe": "recipes",
     "load": "data",
+    "load_onnx": "inference",
     "load_pretrained": "weights",
     "load_run": "analysis",
     "predict": "weights",

@@ -13,13 +13,16 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinycifar.checks import explained
+from tinycifar.checks import check_whole, explained
+
+if TYPE_CHECKING:
+    from tinycifar.inference import Network
 
 # What is heavy, torch above all, is imported by the verb that needs it: help is there at once. It
 # isn't taken from docstrings, which `python -OO` drops.
@@ -154,18 +157,45 @@ def _print_table(about: str, folder: Path, names: set[str]) -> None:
         print(f"no table: {error}")
 
 
-@app.command(help="Classify an image with trained weights.")
+@app.command(help="Classify an image with trained weights; or many, into a table.")
 def predict(
-    image: Annotated[str, _argument("IMAGE", "path of an image, any size")] = "",
-    run: Annotated[str, _option("RUN", "a preset, a published run or a run directory")] = "tuned",
-    top: Annotated[int, _option("TOP", "how many classes")] = 5,
+    images: Annotated[list[str] | None, typer.Argument(help="images of any size, folders")] = None,
+    run: Annotated[str, _option("RUN", "a preset, published run or run directory  [tuned]")] = "",
+    onnx: Annotated[str, _option("ONNX", "instead: a file of make export; needs no torch")] = "",
+    top: Annotated[int, _option("TOP", "how many classes of a single image")] = 5,
+    csv: Annotated[str, _option("CSV", "write a table to this file  [of several: to stdout]")] = "",
 ) -> None:
-    if not image:
+    # Read here, as typer would split it at spaces.
+    names = images or list(filter(None, [os.environ.get("TINYCIFAR_IMAGE")]))
+    if not names:
         raise ValueError("name an image, e.g. make predict IMAGE=cat.jpg")
+    check_whole("top", top, 1)
+    if csv and not csv.lower().endswith(".csv"):
+        raise ValueError(f"the file of --csv must end in .csv; got {csv}")
+    if run and onnx:
+        raise ValueError("give --run or --onnx, not both: a file of make export holds its weights")
+    from tinycifar import inference
+
+    files = inference.image_files(*names)
+    network = inference.load_onnx(onnx) if onnx else _torch_network(run or "tuned")
+    if len(files) == 1 and not csv:
+        [(_, result)] = inference.classify(files, network)
+        if isinstance(result, Exception):
+            raise result
+        for name, probability in inference.likeliest(result, network.classes, top):
+            print(f"{probability:7.2%}  {name}")
+        return
+    with ExitStack() as opened:
+        to = opened.enter_context(open(csv, "w", encoding="utf-8")) if csv else sys.stdout
+        skipped = inference.write_csv(files, network, to)
+    if skipped:
+        raise ValueError(f"{skipped:,} of {len(files):,} images could not be read: skipped")
+
+
+def _torch_network(run: str) -> Network:
     from tinycifar import weights
 
-    for name, probability in weights.predict(image, weights.load_pretrained(run), top):
-        print(f"{probability:7.2%}  {name}")
+    return weights.TorchNetwork(weights.load_pretrained(run))
 
 
 @app.command(help="Rebuild the tables and figures of results/ and docs/ from the runs.")

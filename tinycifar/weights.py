@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinycifar.checks import check_whole
 from tinycifar.evaluation import eval_mode
 from tinycifar.images import read_image
+from tinycifar.inference import likeliest
 from tinycifar.networks import make_network
 from tinycifar.run_directory import RunDirectory, find_run, read_tensors
 
@@ -109,19 +110,35 @@ def predict(
     """
     check_whole("top", top, 1)
     rgb = read_image(image.detach().cpu().numpy() if isinstance(image, Tensor) else image)
-    network: Any = load_pretrained() if model is None else model
-    if not all(getattr(network, name, None) for name in ("classes", "mean", "std")):
-        raise ValueError(
-            "this network doesn't know its classes, mean and std: get one from load_pretrained, "
-            "or set the three attributes"
-        )
-    first = next(network.parameters())
-    pixels = torch.from_numpy(rgb).to(first.device, first.dtype) / 255
-    mean, std = pixels.new_tensor(network.mean), pixels.new_tensor(network.std)
-    batch = ((pixels - mean) / std).permute(2, 0, 1)[None]
+    network = TorchNetwork(load_pretrained() if model is None else model)
+    return likeliest(network(rgb[None])[0], network.classes, top)
 
-    with torch.no_grad(), eval_mode(network):
-        probabilities = network(batch)[0].exp().cpu()
-    best = probabilities.topk(min(top, len(network.classes)))
-    names = [network.classes[i] for i in best.indices]
-    return list(zip(names, best.values.tolist(), strict=True))
+
+class TorchNetwork:
+    """A network of torch, called as `inference.classify` calls it: on arrays.
+
+    Args:
+        model: as for `predict`.
+
+    Raises:
+        ValueError: the model carries no `classes`, `mean` and `std`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """See the class."""
+        if not all(getattr(model, name, None) for name in ("classes", "mean", "std")):
+            raise ValueError(
+                "this network doesn't know its classes, mean and std: get one from "
+                "load_pretrained, or set the three attributes"
+            )
+        self.model = model
+        self.classes: tuple[str, ...] = tuple(model.classes)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities, float32 (N, classes), of RGB images, uint8 (N, 32, 32, 3)."""
+        first = next(self.model.parameters())
+        pixels = torch.from_numpy(images).to(first.device, first.dtype) / 255
+        mean, std = pixels.new_tensor(self.model.mean), pixels.new_tensor(self.model.std)
+        with torch.no_grad(), eval_mode(self.model):
+            log_probabilities = self.model(((pixels - mean) / std).permute(0, 3, 1, 2))
+        return log_probabilities.exp().float().cpu().numpy()
