@@ -24,7 +24,7 @@ export GOMP_SPINCOUNT ?= 30000
 TINYCIFAR = exec $(PY) -m tinycifar
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict sweep bench results verify-results test test-fast lint clean
+.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict sweep bench demo site results verify-results test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -83,6 +83,21 @@ sweep: env ## train RECIPES with SEEDS, or a STUDY, several runs at once
 # A sweep of one recipe may call it RECIPE.
 sweep: export TINYCIFAR_RECIPES := $(or $(value RECIPES),$(value RECIPE))
 
+demo: site ## the page that runs the network in a browser, at http://127.0.0.1:8000 (PORT=8000)
+	@exec $(PYTHON) -m http.server $(or $(PORT),8000) --bind 127.0.0.1 --directory "$(SITE)"
+
+# What is served, and nothing else: the page, ONNX Runtime for browsers, the networks.
+SITE ?= site
+WEB := demo/node_modules/onnxruntime-web/dist
+site: demo/node_modules/.package-lock.json ## build that page into site/ (needs npm, of Node.js)
+	mkdir -p "$(SITE)"
+	cp -R demo/index.html demo/style.css demo/demo.js demo/drawn results/export/*.onnx \
+		$(WEB)/ort.wasm.bundle.min.mjs $(WEB)/ort-wasm-simd-threaded.wasm "$(SITE)"
+
+demo/node_modules/.package-lock.json: demo/package.json demo/package-lock.json
+	@command -v npm > /dev/null || { echo "error: npm is needed: install Node.js, 20 or later"; exit 1; }
+	cd demo && npm ci
+
 bench: env ## speed beside the reference's loop, into benchmarks/ (about ten minutes; keep the machine quiet)
 	@exec $(PY) benchmarks/bench.py $(BENCH)
 
@@ -117,4 +132,4 @@ resolve: env ## whether all pins can be had for each Python from 3.11 to 3.14 (s
 
 clean: ## remove the environment and caches; runs/ and data/ stay
 	@if [ -e "$(VENV)/.ready" ]; then rm -rf "$(VENV)"; fi  # not one of somebody else's
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache __pycache__ */__pycache__ */.ipynb_checkpoints
+	rm -rf build site demo/node_modules *.egg-info .pytest_cache .ruff_cache .mypy_cache __pycache__ */__pycache__ */.ipynb_checkpoints

@@ -136,7 +136,7 @@ def _values(runs: list[Run], studies: Studies) -> dict[str, str]:
         for row in _rows(analysis.runs_table(varied)):
             found |= accuracies(f"{study}/{row['recipe'].replace('_', ' ')}", row)
     speed = {f"speed.{row['figure']}": row["measured"] for row in _speed()["figures"]}
-    return found | _published_values() | _reference_values(runs) | speed
+    return found | _published_values() | _reference_values(runs) | speed | _answers()
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -178,6 +178,17 @@ def _reference_values(runs: list[Run]) -> dict[str, str]:
         "start.span": f"{max(ours) - min(ours):.1f}",
         "start.runs": f"{len(ours)}",
         "sampling.error": f"{error:.2f}",
+    }
+
+
+def _answers() -> dict[str, str]:
+    """How long an answer takes: what benchmarks/answers.py measured."""
+    result = json.loads((_ROOT / "benchmarks" / "answers.json").read_text(encoding="utf-8"))
+    seconds, page = result["predict_seconds"], result["page_milliseconds"]
+    return {
+        "answers.machine": "{processor}, {threads} threads".format_map(result["machine"]),
+        **{f"answers.{name}": f"{taken:.2f} s" for name, taken in seconds.items()},
+        **{f"answers.{name}": f"{taken:.0f} ms" for name, taken in page.items()},
     }
 
 
