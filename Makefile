@@ -24,7 +24,7 @@ export GOMP_SPINCOUNT ?= 30000
 TINYCIFAR = exec $(PY) -m tinycifar
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict sweep bench demo site results verify-results test test-fast lint clean
+.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict sweep bench demo site results card verify-results test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -103,6 +103,9 @@ bench: env ## speed beside the reference's loop, into benchmarks/ (about ten min
 
 results: env ## rebuild the tables and curves of results/ from its run directories
 	@$(TINYCIFAR) publish
+
+card: env ## measure what results/MODEL_CARD.md says of the default weights (needs CIFAR-10)
+	@$(TINYCIFAR) card
 
 verify-results: env ## evaluate all published weights on the real test set, against their metrics
 	@$(TINYCIFAR) verify

@@ -44,7 +44,7 @@ def test_help_needs_no_torch():
     script += "assert not {'torch', 'matplotlib', 'pandas', 'papermill'} & sys.modules.keys()"
     command = [sys.executable, "-c", script]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for verb in ("notebook", "train", "sweep", "predict", "publish", "verify"):
+    for verb in ("notebook", "train", "sweep", "predict", "publish", "card", "verify"):
         assert f"\n  {verb} " in printed
 
 
@@ -251,6 +251,7 @@ def make(tmp_path):
         ("predict", "predict"),
         ("sweep", "sweep"),
         ("results", "publish"),
+        ("card", "card"),
         ("verify-results", "verify"),
     ],
 )

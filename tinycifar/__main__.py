@@ -205,6 +205,15 @@ def publish() -> None:
     rebuild()
 
 
+@app.command(help="Measure what the model card says, on CIFAR-10, and rebuild what shows it.")
+def card() -> None:
+    from tinycifar import data, publish
+    from tinycifar.card import measure, write
+
+    write(measure(data.load("cifar10")))
+    publish.rebuild()
+
+
 @app.command(help="Evaluate all published weights on the real test set, against their metrics.")
 def verify() -> None:
     from tinycifar.publish import verify

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from tinycifar import analysis
+from tinycifar import analysis, card
 from tinycifar.analysis import Run, markdown
 from tinycifar.data import Data, load
 from tinycifar.evaluation import evaluate
@@ -71,7 +71,8 @@ def rebuild() -> None:
 
 def pages() -> list[Path]:
     """The pages that hold marks."""
-    return [_ROOT / "README.md", RESULTS / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
+    cards = [RESULTS / "README.md", RESULTS / "MODEL_CARD.md"]
+    return [_ROOT / "README.md", *cards, *sorted((_ROOT / "docs").glob("*.md"))]
 
 
 def filled(page: str, contents: Mapping[str, str]) -> str:
@@ -111,6 +112,7 @@ def _tables(runs: list[Run], studies: Studies) -> dict[str, str]:
         "start": analysis.start_table(_starts(runs) + analysis.published_study("reference")),
         "published": analysis.published_networks().sort_values("parameters"),
         **{name: _study(varied) for name, varied in studies.items()},
+        **card.tables(),
     }
     return {
         **{name: markdown(frame) for name, frame in frames.items()},
@@ -136,7 +138,9 @@ def _values(runs: list[Run], studies: Studies) -> dict[str, str]:
         for row in _rows(analysis.runs_table(varied)):
             found |= accuracies(f"{study}/{row['recipe'].replace('_', ' ')}", row)
     speed = {f"speed.{row['figure']}": row["measured"] for row in _speed()["figures"]}
-    return found | _published_values() | _reference_values(runs) | speed | _answers()
+    return (
+        found | _published_values() | _reference_values(runs) | speed | _answers() | card.values()
+    )
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:

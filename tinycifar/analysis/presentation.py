@@ -45,9 +45,12 @@ _HEADINGS = {
     "gain": "gain over base",
     "gain_of_highest": "highest − highest before",
     "jump_at_drop": "first after the drop − last before",
+    "kept_share": "above the threshold",
     "last_acc": "at last epoch, %",
     "n": "seeds",
     "n_images": "how many",
+    "named_most": "called most often",
+    "named_most_share": "of them",
     "part": "images",
     "receptive_field": "receptive field, px",
     "sees_all": "positions that see the whole image",
@@ -56,10 +59,12 @@ _HEADINGS = {
     "test_acc_tta": "test accuracy with flip, %",
 }
 _WORDS = {"acc": "accuracy, %", "accuracy": "accuracy, %", "lr": "learning rate", "minus": "−"}
+_WORDS |= {"confidence": "probability, %", "precision": "precision, %"}
 _WORDS |= {"train": "training", "val": "validation", "r": "R", "g": "G", "b": "B"}
 # How a value is written, by what its column's name ends with; the others: see `_plain`.
 _FORMATS = {
-    r"acc|accuracy|tta|epoch_\d+": "{:.2f}",
+    r"acc|accuracy|precision|tta|epoch_\d+": "{:.2f}",
+    r"confidence": "{:.1f}",
     r"loss": "{:.4f}",
     r"gain.*|minus_last|jump_at_drop": "{:+z.2f}",
     r"share": "{:.1f} %",
