@@ -63,7 +63,7 @@ def on_the_page(browser: Browser, address: str) -> dict[str, float]:
     page = context.new_page()
     page.goto(address)
     page.locator("#drawn button").first.click()
-    page.wait_for_function("document.querySelector('#time').textContent")
+    page.locator("#time:not(:empty)").wait_for()
     figures = {"first": page.evaluate("performance.now()")}
     for name, size in (("32", (32, 32)), ("photograph", PHOTOGRAPH)):
         figures[name] = statistics.median(page.evaluate(FURTHER, list(size)) for _ in range(5))

@@ -143,22 +143,17 @@ def class_table(confusion: np.ndarray, classes: list[str]) -> pd.DataFrame:
 
 
 def _exported() -> pd.DataFrame:
-    """The files of the weights, as `export` measured them."""
+    """The files of the weights, as `export` measured them, but for times: docs/speed.md."""
     result = json.loads((EXPORTED / "export.json").read_text(encoding="utf-8"))
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             "file": f"`{row['file']}`",
             "accuracy": row["percent"],
+            "predicts_as_float": f"{row['agreement']:.2f} %",
             "bytes": row["bytes"],
-            **{f"µs an image, batch {n}": round(us) for n, us in row["microseconds"].items()},
         }
         for row in result["files"]
     )
-    table.attrs["note"] = (
-        f"By ONNX Runtime {result['onnxruntime']} on one CPU core "
-        f"{'with' if result['vnni'] else 'without'} VNNI, its instructions for int8."
-    )
-    return table
 
 
 def _metrics() -> dict[str, Any]:
