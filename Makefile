@@ -8,7 +8,7 @@ PY := "$(VENV)/bin/python"
 
 # Settings reach Python through the environment, as TINYCIFAR_<NAME>, and no shell reads them: quotes,
 # $ and backticks in a name arrive as they are. An empty setting means its default.
-SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE ONNX CSV RECIPES SEEDS STUDY JOBS FOLDER
+SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE ONNX CSV RECIPES SEEDS STUDY JOBS FOLDER TO
 ON_THE_COMMAND_LINE := $(foreach name,$(SETTINGS),$(if $(findstring command,$(origin $(name))),$(name)))
 define pass_on
 override $(1) := $$(value $(1))
@@ -24,14 +24,14 @@ export GOMP_SPINCOUNT ?= 30000
 TINYCIFAR = exec $(PY) -m tinycifar
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict sweep bench demo site results card verify-results test test-fast lint clean
+.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict export sweep bench demo site results card verify-results test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  Settings, e.g. make run-notebook RECIPE=baseline SEED=1 DATASET=cifar10"
 	@echo "    NB        which notebooks: stats training analysis      (all three)"
-	@echo "    RECIPE    quick, tuned, sprint or baseline              (quick)"
+	@echo "    RECIPE    quick, tuned, sprint, baseline or int8         (quick)"
 	@echo "    PROTOCOL  val, full or test-selected                    (val)"
 	@echo "    DATASET   auto, cifar10 or shapes, the stand-in         (auto)"
 	@echo "    SEED      any whole number                              (0)"
@@ -74,6 +74,9 @@ lab: env ## open the notebooks in JupyterLab (LAB="--no-browser" for its own opt
 
 predict: env ## classify an image: make predict IMAGE=cat.jpg
 	@$(TINYCIFAR) predict
+
+export: env ## write a run's network as ONNX, in float and int8, and measure both (RUN=tuned TO=runs/export)
+	@$(TINYCIFAR) export
 
 sweep: env ## train RECIPES with SEEDS, or a STUDY, several runs at once
 	$(foreach name,$(filter SEED PARAMS FORCE RUN,$(ON_THE_COMMAND_LINE)),$(error make sweep takes no \

@@ -1,4 +1,4 @@
-"""`make bench`: our way of training against the reference's, side by side in one run.
+"""`make bench`: our way of training against the reference's, side by side in one run; inference.
 
 Both are in processes of their own and take turns, A B A B ..., so that whatever else the machine
 does falls on both; the figures are medians over the rounds. Ratios carry over to other machines,
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import inference
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -25,11 +26,11 @@ from contestants import BATCH, DEVICE, SMALL, serve
 from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 
-from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
+from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar.acceleration import computes_bfloat16
 from tinycifar.costs import layer_costs
 from tinycifar.evaluation import full_precision
-from tinycifar.publish import speed_table
+from tinycifar.publish import inference_table, speed_table
 
 HERE = Path(__file__).resolve().parent
 SIDE_BY_SIDE = 8  # at most, as each takes 1 to 2 GB
@@ -38,7 +39,6 @@ GOALS = {  # of the figures that begin like this
     "share of a step: data": "under 5 %",
     "launch to first step, eager": "under 15 s",
     "peak memory": "under 1,536 MiB",
-    "fused inference over plain, one core, batch 1": "1.5x",
 }
 
 
@@ -146,23 +146,6 @@ def median_seconds(statement: str, threads: int, **names: Any) -> float:
     return timer.blocked_autorange(min_run_time=0.5).median
 
 
-def inference(rounds: int) -> dict[int, float]:
-    """How many times as fast the fused network is as the plain one, on one core, by batch size."""
-    layout: Any = {"memory_format": torch.channels_last}
-    plain = NetCIFAR10_Tiny().eval().to(**layout)
-    networks, ratios = (plain, fuse(plain)), {}
-    with torch.inference_mode():
-        for size in (1, 256):
-            x = torch.randn(size, 3, 32, 32).to(**layout)
-            seconds = [
-                [median_seconds("net(x)", 1, net=net, x=x) for net in networks]
-                for _ in range(rounds)
-            ]
-            in_plain, in_fused = pd.DataFrame(seconds).median()
-            ratios[size] = in_plain / in_fused
-    return ratios
-
-
 # --------------------------------------------------------------------------------------- report
 
 
@@ -194,8 +177,6 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
     figures["launch to first step, compiled"] = f"{ours.seconds_to_first_step:.1f} s"
     for how, name in ways.items():
         figures[f"peak memory: {how}"] = f"{runs[name].turns[-1]['peak_memory_mib']:,} MiB"
-    for size, ratio in inference(rounds).items():
-        figures[f"fused inference over plain, one core, batch {size}"] = f"{ratio:.2f}x"
 
     return {
         "machine": machine(),
@@ -250,15 +231,25 @@ def plot(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def main(rounds: int = 5, steps: int = 20, out: Path = HERE) -> None:
-    """Training and inference, ours against the reference's; a JSON and a plot go to OUT."""
-    plt.switch_backend("Agg")
-    result = measure(rounds, steps)
-    name = "gpu" if result["machine"]["gpu"] else "cpu"
+def main(
+    rounds: int = 5, steps: int = 20, out: Path = HERE, training: bool = True, turns: int = 40
+) -> None:
+    """Training, ours against the reference's, in ROUNDS; then inference, in TURNS.
+
+    JSON files and a plot go to OUT. --no-training leaves out the former.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot(result).savefig(out / f"{name}.png", dpi=110)
-    print(speed_table(result))
+    if training:
+        plt.switch_backend("Agg")
+        result = measure(rounds, steps)
+        name = "gpu" if result["machine"]["gpu"] else "cpu"
+        (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        plot(result).savefig(out / f"{name}.png", dpi=110)
+        print(speed_table(result))
+    result = inference.measure(turns)
+    result = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **result}
+    (out / "inference.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(inference_table(result))
 
 
 if __name__ == "__main__":

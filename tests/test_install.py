@@ -56,6 +56,7 @@ def test_the_wheel_holds_the_package_and_the_weights_of_the_presets(wheel):
     results = [name for name in names if name.startswith("tinycifar/results/")]
     assert {name.split("/")[2] for name in results if name.count("/") > 2} == {
         "baseline-val",
+        "int8-seed0",
         "quick",
         "sprint-seed0",
         "tuned-seed0",

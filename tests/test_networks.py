@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny_cifar10_net import NetCIFAR10_Tiny
+from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
 from tinycifar.costs import layer_costs
 from tinycifar.networks import (
     BlueprintBlock,
@@ -100,6 +100,17 @@ def test_options_and_inputs_that_cant_be_are_named():
         BlueprintNet(activation="tanh")
     with pytest.raises(ValueError, match=r"\(N, 3, H, W\); got \(3, 32, 32\)"):
         BlueprintNet(layout="4 4")(torch.zeros(3, 32, 32))
+
+
+@pytest.mark.parametrize("skips", ["none", "same", "all"])
+def test_it_can_be_fused(skips):
+    net = BlueprintNet(7, layout="4 8s2 8d2", skips=skips, activation="silu")
+    net(torch.randn(16, 3, 16, 16))
+    x = torch.randn(2, 3, 13, 18)
+    fused = fuse(net.eval())
+    torch.testing.assert_close(fused(x), net(x), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\(N, 3, H, W\); got \(3, 32, 32\)"):
+        fused(torch.zeros(3, 32, 32))
 
 
 def test_a_runs_model_options_make_its_network():

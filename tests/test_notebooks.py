@@ -27,11 +27,12 @@ SMALL = {
         "changes": {"epochs": 2, "batch_size": 60, "policy": "reference"},
     },
     "analysis": {},
+    "export": {"images": 20},
     TOUR: {"limit": 100, "changes": {"epochs": 1, "width": 0.25}},
 }
-FIGURES = {"stats": 3, "training": 4, "analysis": 8, TOUR: 6}
-# Two at a time, as most of it is the start of kernels; `analysis` reads what `training` trains.
-CHAINS = [("training", "analysis"), (TOUR, "stats")]
+FIGURES = {"stats": 3, "training": 4, "analysis": 8, "export": 2, TOUR: 6}
+# Two at a time, as most of it is the start of kernels; two read what `training` trains.
+CHAINS = [("training", "analysis", "export"), (TOUR, "stats")]
 # Jupyter picks free ports for a kernel, and another process may take one before the kernel does.
 NO_PORT = "Kernel died before replying"
 

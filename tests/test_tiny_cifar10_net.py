@@ -1,7 +1,9 @@
 """The network: what the reference says of it, and that torch's own tools can take it apart."""
 
 import ast
+import copy
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch.func import jacfwd, jacrev, jvp, vjp
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import tiny_cifar10_net
-from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
+from tiny_cifar10_net import NetCIFAR10_Tiny, folded, fuse
 from tinycifar.paths import RESULTS
 from tinycifar.weights import load_pretrained
 
@@ -184,8 +186,24 @@ def test_fused_knows_what_the_network_knows():
 def test_fuse_refuses_what_it_cant_fold():
     with pytest.raises(ValueError, match="takes a network in eval mode: call model"):
         fuse(NetCIFAR10_Tiny(width=0.1).train())
-    with pytest.raises(TypeError, match="takes a NetCIFAR10_Tiny; got FusedNet"):
-        fuse(fuse(trained()))
+
+
+def test_a_fused_network_is_laid_out_as_convolutions_are_fast():
+    """Channels last; and it can be copied and sent to another process."""
+    net, x = trained(), torch.randn(2, 3, 16, 16)
+    fused = fuse(net)
+    standard = fused.function.c1_1_0_weight
+    assert standard.is_contiguous(memory_format=torch.channels_last)
+    for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fuse(fused)):
+        assert torch.equal(again(x), fused(x)) and again.classes == net.classes
+
+
+def test_folding_keeps_the_modules():
+    net, x = trained(), torch.randn(2, 3, 16, 16)
+    without = folded(net)
+    assert type(without) is NetCIFAR10_Tiny and without.c2[0].dw.bias.requires_grad
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in without.modules())
+    torch.testing.assert_close(without(x), net(x), rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- torch's tools

@@ -50,7 +50,7 @@ def literal(text: Any) -> Any:
     return text
 
 
-RecipeName = Annotated[str, _option("RECIPE", "quick, tuned, sprint or baseline")]
+RecipeName = Annotated[str, _option("RECIPE", "quick, tuned, sprint, baseline or int8")]
 Protocol = Annotated[str, _option("PROTOCOL", "val, full or test-selected")]
 Dataset = Annotated[str, _option("DATASET", "auto, cifar10 or shapes, the stand-in")]
 Seed = Annotated[int, _option("SEED", "any whole number", parser=literal, metavar="N")]
@@ -193,9 +193,20 @@ def predict(
 
 
 def _torch_network(run: str) -> Network:
+    from tiny_cifar10_net import fuse
     from tinycifar import weights
 
-    return weights.TorchNetwork(weights.load_pretrained(run))
+    return weights.TorchNetwork(fuse(weights.load_pretrained(run)))
+
+
+@app.command(help="Write a network as ONNX, in float and int8, and measure both files.")
+def export(
+    run: Annotated[str, _option("RUN", "a preset, a published run or a run directory")] = "tuned",
+    to: Annotated[str, _option("TO", "the folder to write into")] = "runs/export",
+) -> None:
+    from tinycifar import export as onnx
+
+    onnx.export(run, to)
 
 
 @app.command(help="Rebuild the tables and figures of results/ and docs/ from the runs.")

@@ -150,8 +150,9 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def _a_relu_follows_each_norm(model: nn.Module) -> bool:
-    """As in all networks here that have no other activation."""
-    return not any(isinstance(m, (nn.SiLU, nn.GELU)) for m in model.modules())
+    """As in all networks here that have no other activation, and whose norms aren't folded."""
+    kinds = {type(m) for m in model.modules()}
+    return nn.BatchNorm2d in kinds and not kinds & {nn.SiLU, nn.GELU}
 
 
 def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:

@@ -83,7 +83,10 @@ def _side(value: int | tuple[int, ...]) -> int:
 
 
 def _trace(model: nn.Module, size: int) -> list[tuple[str, nn.Module, Tensor]]:
-    """(name, leaf module, its output) in the order of execution; `model` itself is left alone."""
+    """(name, layer, its output) in the order of execution; `model` itself is left alone.
+
+    Layers are modules that have parameters of their own, or nothing below them.
+    """
     model = copy.deepcopy(model).cpu().eval()
     seen: list[tuple[str, nn.Module, Tensor]] = []
 
@@ -91,7 +94,7 @@ def _trace(model: nn.Module, size: int) -> list[tuple[str, nn.Module, Tensor]]:
         return lambda module, _, out: seen.append((name, module, out))
 
     for name, module in model.named_modules():
-        if not list(module.children()):
+        if module._parameters or not list(module.children()):
             module.register_forward_hook(note(name))
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))

@@ -15,11 +15,13 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, check_images, conv_block
 from tinycifar.checks import check_choice
+from tinycifar.quantise import simulated_int8
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 SKIPS = ("none", "same", "all")
@@ -47,6 +49,9 @@ class ChannelAttention(nn.Module):
         means = x.float().mean((2, 3))
         weights = self.conv(means[:, None])[:, 0].sigmoid()
         return x * weights[:, :, None, None].to(x.dtype)
+
+
+torch.fx.wrap("check_images")  # here as well, so that fuse can trace what calls it
 
 
 class BlueprintBlock(nn.Module):
@@ -171,4 +176,5 @@ def read_layout(layout: str) -> list[Layer]:
 def make_network(num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The network that a run's config.json describes under `model`."""
     kind = BlueprintNet if "layout" in options else NetCIFAR10_Tiny
-    return kind(num_classes, **options)
+    network = kind(num_classes, **{k: v for k, v in options.items() if k != "int8"})
+    return simulated_int8(network.eval()) if options.get("int8") else network

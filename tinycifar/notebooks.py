@@ -165,7 +165,7 @@ def _folder(names: list[str], trains: bool, given: str, default: str) -> Path:
     """The run directory: of a run that is there, or where one may be trained."""
     from tinycifar.run_directory import find_run, new_run
 
-    reads = "analysis" in names and not trains
+    reads = bool({"analysis", "export"} & set(names)) and not trains
     if given and reads:
         return find_run(given)
     folder = new_run(given or f"runs/{'tour' if names == [TOUR] else default}")

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from tinycifar import analysis, card
+from tinycifar import analysis, card, export
 from tinycifar.analysis import Run, markdown
 from tinycifar.data import Data, load
 from tinycifar.evaluation import evaluate
@@ -37,6 +37,9 @@ _MARKS = (
 )
 _OPENING = re.compile(r"<!--(?:v .+?| [\w-]+ )-->")
 BENCHMARK = _ROOT / "benchmarks" / "cpu.json"
+INFERENCE = _ROOT / "benchmarks" / "inference.json"
+INT8 = _ROOT / "benchmarks" / "int8.json"
+EXPORTED = RESULTS / "export" / "export.json"
 STUDIES = RESULTS / "studies"
 
 Studies = dict[str, list[Run]]  # the runs of each, by its name
@@ -118,7 +121,10 @@ def _tables(runs: list[Run], studies: Studies) -> dict[str, str]:
         **{name: markdown(frame) for name, frame in frames.items()},
         "runs": "".join(map(_run_line, runs)),
         "drops": "\n".join(markdown(analysis.drops_table(run)) for run in _baselines(runs)),
-        "speed": speed_table(_speed()),
+        "speed": speed_table(_read(BENCHMARK)),
+        "int8": _int8_table(),
+        "inference": inference_table(_read(INFERENCE)),
+        "export": export.table(_read(EXPORTED)) + "\n",
     }
 
 
@@ -137,10 +143,12 @@ def _values(runs: list[Run], studies: Studies) -> dict[str, str]:
                 found[f"{study}/{row['variation']}.gain"] = gain
         for row in _rows(analysis.runs_table(varied)):
             found |= accuracies(f"{study}/{row['recipe'].replace('_', ' ')}", row)
-    speed = {f"speed.{row['figure']}": row["measured"] for row in _speed()["figures"]}
-    return (
-        found | _published_values() | _reference_values(runs) | speed | _answers() | card.values()
-    )
+    measured = _read(BENCHMARK)["figures"] + _read(INFERENCE)["figures"]
+    speed = {f"speed.{row['figure']}": row["measured"] for row in measured}
+    for row in _read(EXPORTED)["files"]:
+        speed[f"export.{row['file']}.kilobytes"] = f"{row['bytes'] / 1000:.0f}"
+    found |= _published_values() | _reference_values(runs) | speed
+    return found | _answers() | card.values()
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -187,7 +195,7 @@ def _reference_values(runs: list[Run]) -> dict[str, str]:
 
 def _answers() -> dict[str, str]:
     """How long an answer takes: what benchmarks/answers.py measured."""
-    result = json.loads((_ROOT / "benchmarks" / "answers.json").read_text(encoding="utf-8"))
+    result = _read(_ROOT / "benchmarks" / "answers.json")
     seconds, page = result["predict_seconds"], result["page_milliseconds"]
     return {
         "answers.machine": "{processor}, {threads} threads".format_map(result["machine"]),
@@ -196,8 +204,8 @@ def _answers() -> dict[str, str]:
     }
 
 
-def _speed() -> dict[str, Any]:
-    return json.loads(BENCHMARK.read_text(encoding="utf-8"))
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -266,6 +274,32 @@ def speed_table(result: Mapping[str, Any]) -> str:
         "otherwise; training is over the reference's loop, also where ours takes other batches; "
         f"medians of {result['rounds']} rounds, {result['date']}."
     )
+    return markdown(frame)
+
+
+def _int8_table() -> str:
+    """What simulated int8 costs by the layers that stay in float, as benchmarks/int8.py found."""
+    rows = [
+        {
+            "in float": row["float"],
+            "trained": "yes" if row["trained"] else "–",
+            "validation accuracy, %": f"{row['val_acc']:.2f}",
+            "validation loss": f"{row['val_loss']:.4f}",
+        }
+        for row in json.loads(INT8.read_text(encoding="utf-8"))
+    ]
+    return markdown(pd.DataFrame(rows))
+
+
+def inference_table(result: Mapping[str, Any]) -> str:
+    """The ratios that `make bench` wrote of inference, beside the goals; in Markdown."""
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
+    vnni = "with" if result["vnni"] else "without"
+    frame = pd.DataFrame(result["figures"], dtype="str")
+    frame.attrs["note"] = (
+        "Measured on {processor} ({instructions}, {vnni} VNNI), one thread, {versions}; medians of "
+        "{rounds} rounds in turns, {date}."
+    ).format_map({**result["machine"], **result, "vnni": vnni, "versions": versions})
     return markdown(frame)
 
 

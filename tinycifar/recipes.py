@@ -55,6 +55,9 @@ class Recipe:
     teacher: str | None = None  # a run to learn from, for load_pretrained; None: labels alone
     teaching: float = 0.5  # the teacher's share of the loss, beside the labels'
     temperature: float = 4.0  # softens what both say before the two are compared
+    int8: bool = (
+        False  # go on from the teacher's weights, as int8 arithmetic will compute with them
+    )
 
     policy: str = "reference"  # a name in augment.POLICIES
     build: str = "batched"  # who makes the batches: batched, albumentations or torchvision
@@ -78,7 +81,7 @@ class Recipe:
                 if value is not None or not none:
                     value = check(name, value, low, high, *none)
                     object.__setattr__(self, name, value)  # one of NumPy's as a plain one
-        for name in ("decay_all", "dirac", "alternate_flip", "dilated", "separable"):
+        for name in ("decay_all", "dirac", "alternate_flip", "int8", "dilated", "separable"):
             check_flag(name, getattr(self, name))
         for name, valid in _CHOICES.items():
             check_choice(name, getattr(self, name), valid)
@@ -100,6 +103,11 @@ class Recipe:
                 make_network(10, self.model_options)  # raises if it can't be built
         if not isinstance(self.teacher, str | None):
             raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
+        if self.int8 and (self.teacher is None or self.precision != "float32"):
+            raise ValueError(
+                "int8 takes a teacher, whose weights it starts from, and precision 'float32'; got "
+                f"teacher {self.teacher!r} and precision {self.precision!r}"
+            )
         if not isinstance(self.name, str) or "/" in self.name or "\\" in self.name:
             raise ValueError(f"a recipe's name becomes a folder's: no slashes; got {self.name!r}")
 
@@ -122,10 +130,12 @@ class Recipe:
     @property
     def model_options(self) -> dict[str, Any]:
         """What `networks.make_network` makes the network from."""
+        int8 = {"int8": True} if self.int8 else {}
         if self.network != "tiny":
             names = ("skips", "activation", "attention")
-            return {"layout": self.network} | {name: getattr(self, name) for name in names}
-        return {"dilated": self.dilated, "separable": self.separable, "width": self.width}
+            options = {"layout": self.network} | {name: getattr(self, name) for name in names}
+            return options | int8
+        return {"dilated": self.dilated, "separable": self.separable, "width": self.width} | int8
 
 
 _WHOLE_NUMBERS: dict[str, tuple] = {
@@ -186,7 +196,23 @@ _SPRINT = replace(_TUNED, name="sprint", epochs=12, start_side=32, alternate_fli
 # The most in some minutes on two CPU cores: smaller images first.
 _QUICK = replace(_TUNED, name="quick", epochs=8, warmup=0.25, start_side=16, grow=0.75)
 
-RECIPES = {recipe.name: recipe for recipe in (_BASELINE, _QUICK, _TUNED, _SPRINT)}
+# Two epochs in which the weights of `tuned` get used to being rounded.
+_INT8 = replace(
+    _TUNED,
+    name="int8",
+    epochs=2,
+    optimizer="adamw",
+    lr=0.0005,
+    weight_decay=0.0,
+    dirac=False,
+    schedule="cosine",
+    warmup=0.1,
+    teacher="tuned-seed0",
+    start_side=32,
+    int8=True,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (_BASELINE, _QUICK, _TUNED, _SPRINT, _INT8)}
 
 
 _DEFAULTS = asdict(Recipe(""))

@@ -48,6 +48,7 @@ PRETRAINED = {
     "sprint": "sprint-seed0",
     "quick": "quick",
     "baseline": "baseline-val",
+    "int8": "int8-seed0",
 }
 
 

@@ -36,6 +36,7 @@ from tinycifar.data import Data, DataSplits, load, title
 from tinycifar.evaluation import accuracy, evaluate, full_precision, log_probabilities
 from tinycifar.loaders import key, make_loader, resized
 from tinycifar.networks import make_network
+from tinycifar.quantise import simulated_int8
 from tinycifar.recipes import Recipe, check_protocol, get_recipe
 from tinycifar.run_directory import (
     HISTORY_COLUMNS,
@@ -174,7 +175,7 @@ def require_teacher(experiment: Experiment) -> None:
     name, splits = experiment.recipe.teacher, experiment.splits
     if name is None:
         return
-    teacher = experiment.teacher or RunDirectory(find_run(name))
+    teacher = _teacher(experiment)
     if not teacher.is_finished:
         raise RunError(f"teacher {name!r} isn't finished: finish its run first")
     saw = teacher.config()
@@ -184,6 +185,16 @@ def require_teacher(experiment: Experiment) -> None:
             f"{title(saw['dataset'], saw['limit'])}: it must be {splits.protocol!r} on "
             f"{splits.data.title}, as here, so that it passes on nothing that is held back"
         )
+    options = experiment.recipe.model_options
+    if experiment.recipe.int8 and saw["model"] | {"int8": True} != options:
+        raise ValueError(
+            f"teacher {name!r} is another network, {saw['model']}: int8 goes on from its weights, "
+            f"so give the recipe its options; got {options}"
+        )
+
+
+def _teacher(experiment: Experiment) -> RunDirectory:
+    return experiment.teacher or RunDirectory(find_run(str(experiment.recipe.teacher)))
 
 
 # ----------------------------------------------------------------------------------------- train
@@ -287,14 +298,15 @@ class Trainer:
         model: Any = make_network(len(splits.data.classes), recipe.model_options)
         if recipe.dirac:
             optim.dirac(model)
+        if recipe.int8:
+            model = simulated_int8(load_network(_teacher(experiment)))
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)
         precision = getattr(torch, recipe.precision)
         sides = _worth_compiling(experiment)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
         self.teacher: nn.Module | None = None
         if recipe.teacher is not None:
-            run = experiment.teacher or RunDirectory(find_run(recipe.teacher))
-            teacher: Any = load_network(run)
+            teacher: Any = load_network(_teacher(experiment))
             if not _all_finite(teacher.state_dict().values()):
                 raise RunError(f"teacher {recipe.teacher!r} diverged: its weights aren't finite")
             teacher = fuse(teacher) if isinstance(teacher, NetCIFAR10_Tiny) else teacher

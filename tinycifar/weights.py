@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tiny_cifar10_net import fuse
 from tinycifar.checks import check_whole
 from tinycifar.evaluation import eval_mode
 from tinycifar.images import read_image
@@ -110,7 +111,7 @@ def predict(
     """
     check_whole("top", top, 1)
     rgb = read_image(image.detach().cpu().numpy() if isinstance(image, Tensor) else image)
-    network = TorchNetwork(load_pretrained() if model is None else model)
+    network = TorchNetwork(fuse(load_pretrained()) if model is None else model)
     return likeliest(network(rgb[None])[0], network.classes, top)
 
 

@@ -1,0 +1,64 @@
+"""Which layers may be in int8, on validation: what docs/export.md shows. Nothing is trained here.
+
+python benchmarks/int8.py      # some minutes; needs CIFAR-10
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import augment
+from tiny_cifar10_net import folded
+from tinycifar import load, load_pretrained, quantise
+from tinycifar.data import DataSplits
+from tinycifar.evaluation import evaluate
+from tinycifar.export import CALIBRATION
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    """Evaluate `tuned` with simulated int8 in several ways, and the run of the recipe `int8`."""
+    network, splits = load_pretrained("tuned"), DataSplits(load("cifar10"), "val")
+    plain = augment.Batched("none", network.mean, network.std)
+    images = splits.train[0][splits.train_index[:CALIBRATION]]
+    batches = plain.transform(images, torch.zeros(len(images), plain.DRAWS)).split(64)
+    convs = {n: m for n, m in folded(network).named_modules() if isinstance(m, nn.Conv2d)}
+    first, *_, head = convs
+    dilated = [name for name, conv in convs.items() if conv.dilation[0] > 1]
+    depthwise = [name for name, conv in convs.items() if conv.groups > 1]
+    ways = {  # name: layers in float, levels of the weights
+        "none": ([], 63),
+        "the first": ([first], 63),
+        "the first and the head": ([first, head], 63),
+        "these, weights of eight bits": ([first, head], 127),
+        "these and the dilated depthwise": ([first, head, *dilated], 63),
+        "these and all depthwise": ([first, head, *depthwise], 63),
+    }
+    rows: list[dict[str, Any]] = []
+
+    def note(name: str, trained: bool, model: nn.Module) -> None:
+        model = model.to(memory_format=torch.channels_last)
+        assert splits.selection is not None
+        loss, accuracy = evaluate(model, *splits.selection, splits.stats)
+        rows.append({"float": name, "trained": trained, "val_acc": accuracy, "val_loss": loss})
+        print(rows[-1], flush=True)
+
+    note("all", False, network)
+    levels = quantise.WEIGHT_LEVELS
+    for name, (exact, quantise.WEIGHT_LEVELS) in ways.items():
+        model = quantise.simulated_int8(network, exact)
+        quantise.calibrate(model, batches)
+        note(name, False, model)
+    quantise.WEIGHT_LEVELS = levels
+    note("the first and the head", True, load_pretrained("int8"))
+    (HERE / "int8.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

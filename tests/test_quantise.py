@@ -1,0 +1,120 @@
+"""quantise.py: what int8 arithmetic computes, simulated; and training with it."""
+
+import json
+
+import pytest
+import torch
+from helpers import NETWORK, SMALL
+from torch import nn
+
+from tiny_cifar10_net import NetCIFAR10_Tiny, folded
+from tinycifar import get_recipe, train
+from tinycifar.acceleration import accelerated
+from tinycifar.networks import BlueprintNet, make_network
+from tinycifar.quantise import (
+    WEIGHT_LEVELS,
+    Int8Conv,
+    Quantiser,
+    calibrate,
+    layer_errors,
+    simulated_int8,
+)
+from tinycifar.weights import load_pretrained
+
+
+def trained(model):
+    """With other statistics than BatchNorm starts from."""
+    model.train()
+    for _ in range(3):
+        model(torch.randn(16, 3, 16, 16))
+    return model.eval()
+
+
+def test_rounding_is_that_of_torchs_own_operation():
+    x, quantiser = torch.randn(4, 3, 8, 8) * 2, Quantiser().train()
+    y = quantiser(x)
+    scale, zero = quantiser.scale_and_zero()
+    assert torch.equal(y, torch.fake_quantize_per_tensor_affine(x, scale, zero.int(), 0, 255))
+    assert 0 < (y - x).abs().max() <= scale * 0.51
+    assert len(y.unique()) <= 256 and not quantiser(torch.zeros(3)).any(), "0 is a level"
+
+
+def test_the_range_is_a_moving_average_in_training_and_stays_in_evaluation():
+    quantiser = Quantiser().train()
+    for high in (1.0, 3.0):
+        quantiser(torch.tensor([0.5, high]))
+    assert (float(quantiser.low), float(quantiser.high)) == (0, 2)  # a ReLU's output has no less
+    quantiser.eval()
+    assert float(quantiser(torch.tensor([9.0]))) == 2, "clipped"
+    assert float(quantiser.high) == 2
+
+
+def test_gradients_pass_as_if_nothing_were_rounded():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    Quantiser().train()(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_weights_are_rounded_channel_by_channel():
+    conv = Int8Conv(nn.Conv2d(3, 4, 3, bias=False))
+    levels = (conv.weight / conv.weight_scale()).detach()
+    torch.testing.assert_close(levels.abs().amax(dim=(1, 2, 3)), torch.full((4,), 63.0))
+    eye = torch.zeros(3, 3, 3, 3)
+    eye[:, :, 1, 1] = torch.eye(3)
+    conv.train()
+    seen = conv(eye)  # of 0 and 1, which are levels: the weights themselves
+    torch.testing.assert_close(
+        seen[0], (conv.weight_scale() * levels.round())[:, 0, 1, 1, None, None]
+    )
+    assert WEIGHT_LEVELS * 255 * 2 < 2**15, "pairs of products fit into 16 bits"
+
+
+@pytest.mark.parametrize("net", [NetCIFAR10_Tiny(width=0.25), BlueprintNet(layout=NETWORK)])
+def test_all_but_the_first_and_the_last_are_in_int8(net):
+    net, x = trained(net), torch.randn(32, 3, 16, 16)
+    int8 = simulated_int8(net)
+    convs = [m for m in int8.modules() if isinstance(m, nn.Conv2d)]
+    assert [isinstance(conv, Int8Conv) for conv in convs] == [
+        0 < i < len(convs) - 1 for i in range(len(convs))
+    ]
+    calibrate(int8, x.split(8))
+    off = (int8(x).exp() - net(x).exp()).abs().max()
+    assert 0 < off < 0.02
+    errors = layer_errors(folded(net), int8, x)
+    assert len(errors) == len(convs) - 2
+    assert errors["alone"].between(0, 10).all() and errors["alone"].min() > 0
+
+
+def test_a_folded_network_keeps_its_relus_in_the_twin():
+    net = folded(trained(NetCIFAR10_Tiny(width=0.25))).train()
+    x = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(accelerated(net, norms=True)(x), net(x))
+
+
+def test_an_int8_run_goes_on_from_its_teachers_weights(tmp_path, tiny):
+    options = {"dataset": tiny, "progress": False, "compile": False}
+    train(SMALL, tmp_path / "float", **options)
+    taught = {"int8": True, "teacher": str(tmp_path / "float"), "epochs": 1, "lr": 1e-8}
+    train(get_recipe(SMALL, **taught), tmp_path / "int8", **options)
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+    assert config["model"]["int8"]
+    int8, exact = load_pretrained(tmp_path / "int8"), folded(load_pretrained(tmp_path / "float"))
+    assert isinstance(int8.blocks[0].dw, Int8Conv) and int8.blocks[0].dw.input.high > 0
+    for name, parameter in exact.named_parameters():
+        torch.testing.assert_close(int8.get_parameter(name), parameter, rtol=0, atol=1e-5)
+
+    other = get_recipe(SMALL, **taught, network="4 8")
+    with pytest.raises(ValueError, match=r"is another network, .* give the recipe its options"):
+        train(other, tmp_path / "other", **options)
+
+
+def test_what_int8_needs_is_said():
+    for changes in ({"teacher": None}, {"teacher": "quick", "precision": "bfloat16"}):
+        with pytest.raises(ValueError, match="int8 takes a teacher, whose weights it starts from"):
+            get_recipe(SMALL, int8=True, **changes)
+
+
+def test_a_config_makes_the_network_again():
+    recipe = get_recipe(SMALL, int8=True, teacher="quick")
+    model = make_network(3, recipe.model_options)
+    assert model.head.out_channels == 3 and isinstance(model.blocks[0].pw, Int8Conv)
