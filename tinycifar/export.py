@@ -79,10 +79,9 @@ def export(
         float file's predictions in percent, bytes, microseconds an image by batch size.
 
     Raises:
-        FileNotFoundError: no such run. RunError: it isn't finished; it was trained on images of
-        another size; the float file's answers aren't torch's. ImportError: what is needed beside
-        torch isn't installed. OSError: the folder can't be written. ValueError: the run's files
-        can't be used.
+        FileNotFoundError: no such run. RunError: it isn't finished; the float file's answers aren't
+        torch's. ImportError: what is needed beside torch isn't installed. OSError: the folder can't
+        be written. ValueError: the run's files can't be used, or the images aren't 32 x 32.
     """
     ort = _needed()
     source, int8_source = _sources(RunDirectory(find_run(run)))
@@ -91,12 +90,6 @@ def export(
     network = load_network(source)
     data = dataset or _data_of(config)
     own = data.checksum == config["data_sha256"]
-    sides = {config.get("side", SIDE), *(data.test_images.shape[1:3] if own else ())}
-    if sides != {SIDE}:
-        raise RunError(
-            f"{shown(source.path)} was trained on images of another size than {SIDE} x {SIDE}, "
-            "which is what an exported network takes: train it on such"
-        )
     images, labels, stats = data.test_images, data.test_labels, Stats(network.mean, network.std)
 
     models = {FILES[0]: onnx_model(folded(network))}
