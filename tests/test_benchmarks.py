@@ -79,6 +79,24 @@ def test_the_roofline_counts_what_the_network_does(bench, monkeypatch):
     assert floors["memory"] == pytest.approx(6 * 4 * 128 * sum(outputs) / 1e9)
 
 
+def test_ratios_of_inference_are_over_plain_torch(bench, monkeypatch):
+    import inference
+
+    def in_turns(calls, rounds, repeat):
+        for call in calls.values():
+            call()
+        return {name: 1 / (i + 1) for i, name in enumerate(calls)}
+
+    monkeypatch.setattr(inference, "in_turns", in_turns)
+    monkeypatch.setattr(inference, "BATCHES", (1, 2))
+    result = inference.measure(rounds=1, compiled=False)
+    measured = {row["figure"]: row["measured"] for row in result["figures"]}
+    assert measured["torch, fused, over plain torch, batch 1"] == "2.0x"
+    assert measured["ONNX Runtime, int8 over float, batch 2"] == "1.3x"
+    table = publish.inference_table({"machine": bench.machine(), "date": "today", **result})
+    assert "one thread" in table and result["versions"]["onnxruntime"] in table
+
+
 def test_the_committed_figures_can_be_shown(bench):
     result = json.loads((FOLDER / "cpu.json").read_text())
     table = publish.speed_table(result)

@@ -100,6 +100,7 @@ def test_an_int8_run_goes_on_from_its_teachers_weights(tmp_path, tiny):
     assert config["model"]["int8"]
     int8, exact = load_pretrained(tmp_path / "int8"), folded(load_pretrained(tmp_path / "float"))
     assert isinstance(int8.blocks[0].dw, Int8Conv) and int8.blocks[0].dw.input.high > 0
+    assert all(parameter.requires_grad for parameter in int8.parameters())
     for name, parameter in exact.named_parameters():
         torch.testing.assert_close(int8.get_parameter(name), parameter, rtol=0, atol=1e-5)
 
