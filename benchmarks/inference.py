@@ -8,9 +8,9 @@ each way has its turn, as ratios to the plain torch network.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def ways(size: int, compiled: bool = True) -> dict[str, Callable[[], Any]]:
     for way, name in zip((FLOAT, INT8), FILES, strict=False):
         session = ort_session(EXPORTED / name)
         found[way] = partial(session.run, None, {"images": pixels.numpy()})
-    if importlib.util.find_spec("openvino"):
+    if find_spec("openvino"):
         import openvino
 
         for way, name in zip(("OpenVINO, float", "OpenVINO, int8"), FILES, strict=False):
@@ -91,5 +91,5 @@ def ways(size: int, compiled: bool = True) -> dict[str, Callable[[], Any]]:
 
 
 def _version(name: str) -> str | None:
-    found = importlib.util.find_spec(name)
+    found = find_spec(name)
     return importlib.import_module(name).__version__.split("-")[0] if found else None
