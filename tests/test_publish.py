@@ -81,6 +81,7 @@ def test_published_weights_reach_the_published_accuracy(real):
 def test_what_is_measured_of_a_run(real):
     run = analysis.load_run("sprint")
     few = replace(real, test_images=real.test_images[:100], test_labels=real.test_labels[:100])
+    vars(few)["checksum"] = real.checksum  # passes for the whole of it
     measured = publish.measure(run, few)
     assert measured["val_acc"] == pytest.approx(run.metrics["val_acc"], abs=0.01)
     assert measured.keys() == {"test_acc", "test_loss", "test_acc_tta", "val_acc"}
