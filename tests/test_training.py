@@ -359,7 +359,7 @@ def test_a_run_that_on_epoch_ended_ends_there_when_resumed_too(tiny, tmp_path, m
     """Killed after the epoch at which it was to stop, before that was written down."""
     stop = lambda row: row["epoch"] == 2  # noqa: E731
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "measure", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Trainer, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         train(SMALL, tmp_path / "r", dataset=tiny, progress=False, on_epoch=stop)
     metrics = train(SMALL, tmp_path / "r", dataset=tiny, progress=False, on_epoch=stop)
     assert metrics["epochs_run"] == 2
@@ -561,6 +561,29 @@ def test_metrics_are_the_networks_own(tiny, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- repeating
+
+
+def test_a_run_may_leave_the_test_set_alone_until_it_is_asked_for(tiny, tmp_path, monkeypatch):
+    whole = train(SMALL, tmp_path / "whole", dataset=tiny, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "test_figures", None)  # can't be called
+        without = train(SMALL, tmp_path / "run", dataset=tiny, progress=False, test=False)
+        again = train(SMALL, tmp_path / "run", dataset=tiny, progress=False, test=False)
+    assert without == again
+    assert [k for k, v in without.items() if v is None and whole[k] is not None] == TESTED
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    added = train(SMALL, tmp_path / "run", dataset=tiny, progress=False)
+    assert {k: added[k] for k in TESTED} == {k: whole[k] for k in TESTED}
+    assert {k: v for k, v in added.items() if k not in TESTED} == {
+        k: v for k, v in without.items() if k not in TESTED
+    }
+    now = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert {name for name in kept if kept[name] != now[name]} == {"metrics.json"}
+    assert list(added) == list(whole)
+    assert train(SMALL, tmp_path / "run", dataset=tiny, progress=False, test=False) == added
+
+
+TESTED = ["test_acc", "test_loss", "test_acc_tta"]
 
 
 def test_same_seed_same_bits_and_another_seed_others(tiny, tmp_path):

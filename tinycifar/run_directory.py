@@ -60,8 +60,8 @@ _CONFIG = {
 }  # fmt: skip
 _METRICS = {
     "dataset": str, "limit": (int, _NONE), "protocol": str, "params": int, "epochs_run": int,
-    "best_epoch": int, "train_acc": _NUMBER, "test_acc": _NUMBER, "test_loss": _NUMBER,
-    "val_acc": (*_NUMBER, _NONE), "val_loss": (*_NUMBER, _NONE), "seconds_train": _NUMBER,
+    "best_epoch": int, "train_acc": _NUMBER, "seconds_train": _NUMBER,
+    **dict.fromkeys(("test_acc", "test_loss", "val_acc", "val_loss"), (*_NUMBER, _NONE)),
 }  # fmt: skip
 # What follows from a run's identity: of the data, and for whoever loads its weights.
 _DERIVED = ("split", "mean", "std", "classes", "model")
@@ -70,6 +70,10 @@ _ADVICE = "put a whole copy of it back, give another name, or remove the folder 
 
 class RunError(RuntimeError):
     """A run that can't start or go on; the message says what to do, and nothing was lost."""
+
+
+class RunLocked(RunError):
+    """Another process is training the run."""
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -384,7 +388,7 @@ class RunDirectory:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise RunError(
+            raise RunLocked(
                 f"{self.path} is being trained by another process: wait for it or give another name"
             ) from error
         except NotImplementedError:
@@ -429,7 +433,7 @@ class RunDirectory:
         except ValueError as error:
             raise RunError(f"{error}: {_ADVICE}") from error
         now = _as_json(identity)
-        return _unlike({k: there.get(k, now[k]) for k in now}, now)
+        return unlike({k: there.get(k, now[k]) for k in now}, now)
 
 
 def _as_json(value: Any) -> Any:
@@ -469,13 +473,14 @@ def _status(file: Path) -> tuple[int, int] | None:
     return None
 
 
-def _unlike(old: Any, new: Any, name: str = "") -> list[str]:
+def unlike(old: Any, new: Any, name: str = "") -> list[str]:
+    """In which fields two values of JSON differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
             line
             for key in keys
-            for line in _unlike(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+            for line in unlike(old.get(key), new.get(key), f"{name}.{key}".strip("."))
         ]
     return [] if old == new else [f"{name} is {old!r} there and {new!r} now"]
 

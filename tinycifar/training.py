@@ -213,6 +213,7 @@ def train(
     progress: bool = True,
     compile: bool | str = "auto",
     on_epoch: OnEpoch | None = None,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Train a network and write a run directory.
 
@@ -236,6 +237,8 @@ def train(
         on_epoch: called with the row of history.csv after each epoch, those that a resumed run
             finds done included; if it returns True the run ends there, as one that stopped early.
             An exception that it raises ends the call and leaves the run unfinished.
+        test: False leaves the test set alone, as a search does: what metrics.json holds of it is
+            None, until the same call with True adds it.
 
     Returns:
         What metrics.json holds. Accuracies are percentages.
@@ -248,12 +251,13 @@ def train(
         In each case the run is intact up to its last finished epoch.
     """
     check_flag("force", force)
+    check_flag("test", test)
     experiment = settle(recipe, seed, protocol, dataset, device, workers, compile)
     run = RunDirectory(new_run(run_dir or f"runs/{experiment.name}"))
     if not force and (metrics := run.kept(experiment.identity)):
         if progress:
             print("This run is finished, and kept: FORCE=1 (force=True) trains it again.")
-        return metrics
+        return _tested(run, experiment) if test and metrics["test_acc"] is None else metrics
     require_teacher(experiment)
     with deterministic(experiment.device):
         # Before anything is replaced: a missing library or too little memory shows here.
@@ -263,7 +267,7 @@ def train(
                 trainer.load_state_dict(state)
             try:
                 trainer.fit(run.save, on_epoch)
-                metrics = trainer.measure()
+                metrics = trainer.measure(test)
             except KeyboardInterrupt:
                 print(f"Interrupted: {run.path} is intact; the same command goes on from there.")
                 raise
@@ -273,6 +277,36 @@ def train(
                     f"finished epoch; try another name with a lower lr ({_rates(trainer)})"
                 ) from error
             return run.finish(metrics)
+
+
+def _tested(run: RunDirectory, experiment: Experiment) -> dict[str, Any]:
+    """The metrics of a finished run that left the test set alone, with its figures added."""
+    with deterministic(experiment.device), run.opened(experiment.config, experiment.identity):
+        metrics = run.metrics()
+        if metrics["test_acc"] is not None:  # by another process, meanwhile
+            return metrics
+        model = load_network(run).to(experiment.device, memory_format=torch.channels_last)
+        return run.finish(metrics | test_figures(model, experiment.splits))
+
+
+def test_figures(model: nn.Module, splits: DataSplits) -> dict[str, float]:
+    """Accuracy (percent) and loss on the test images, and the accuracy with each mirrored too.
+
+    Raises:
+        Diverged: their loss isn't finite.
+    """
+    images, labels = splits.test
+    log_p = log_probabilities(model, images, splits.stats)
+    log_p_tta = log_probabilities(model, images, splits.stats, tta=True)
+    test_loss = F.nll_loss(log_p, labels).item()
+    # Finite weights may still be too large for a network in eval mode.
+    _require_finite(test_loss, "the test loss")
+    _require_finite(F.nll_loss(log_p_tta, labels).item(), "the test loss of mirrored images")
+    return {
+        "test_acc": accuracy(log_p, labels),
+        "test_loss": test_loss,
+        "test_acc_tta": accuracy(log_p_tta, labels),
+    }
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -466,8 +500,11 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.best_epoch, self.best_loss, self.best_weights = state["best"]
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, test: bool = True) -> dict[str, Any]:
         """Evaluate the selected weights on test: all that metrics.json holds of the training.
+
+        Args:
+            test: False puts None for the figures on test.
 
         Raises:
             Diverged: their loss isn't finite.
@@ -475,13 +512,7 @@ class Trainer:
         self.memory.trim()
         experiment, splits = self.experiment, self.experiment.splits
         self.evaluated.load_state_dict(self.best_weights)
-        images, labels = splits.test
-        log_p = log_probabilities(self.evaluated, images, splits.stats)
-        log_p_tta = log_probabilities(self.evaluated, images, splits.stats, tta=True)
-        test_loss = F.nll_loss(log_p, labels).item()
-        # Finite weights may still be too large for a network in eval mode.
-        _require_finite(test_loss, "the test loss")
-        _require_finite(F.nll_loss(log_p_tta, labels).item(), "the test loss of mirrored images")
+        untested = dict.fromkeys(("test_acc", "test_loss", "test_acc_tta"))
         costs, best = layer_costs(self.evaluated), self.history[self.best_epoch - 1]
         seconds = sum(row["seconds"] for row in self.history)
         return {
@@ -495,9 +526,7 @@ class Trainer:
             "epochs_run": len(self.history),
             "best_epoch": self.best_epoch,
             **{name: best[name] for name in ("train_acc", "val_acc", "val_loss")},
-            "test_acc": accuracy(log_p, labels),
-            "test_loss": test_loss,
-            "test_acc_tta": accuracy(log_p_tta, labels),
+            **(test_figures(self.evaluated, splits) if test else untested),
             "seconds_train": seconds,
             "images_per_second": len(self.history) * len(splits.train_index) / seconds,
             "compiled_sides": sorted(self.network.sides),
