@@ -8,7 +8,7 @@ PY := "$(VENV)/bin/python"
 
 # Settings reach Python through the environment, as TINYCIFAR_<NAME>, and no shell reads them: quotes,
 # $ and backticks in a name arrive as they are. An empty setting means its default.
-SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE ONNX CSV RECIPES SEEDS STUDY JOBS FOLDER TO
+SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE ONNX CSV RECIPES SEEDS STUDY JOBS FOLDER TO STORAGE THREADS HEARTBEAT PORT
 ON_THE_COMMAND_LINE := $(foreach name,$(SETTINGS),$(if $(findstring command,$(origin $(name))),$(name)))
 define pass_on
 override $(1) := $$(value $(1))
@@ -24,7 +24,7 @@ export GOMP_SPINCOUNT ?= 30000
 TINYCIFAR = exec $(PY) -m tinycifar
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict export sweep bench demo site results card verify-results test test-fast lint clean
+.PHONY: help env lock resolve run-notebook stats train analysis tour lab predict export sweep study dashboard bench demo site results card verify-results test test-fast lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -41,7 +41,8 @@ help: ## this list
 	@echo '    PARAMS    more parameters, e.g. PARAMS="-p epochs 5": those of the notebooks, and any'
 	@echo "              field of a recipe"
 	@echo "  make sweep instead takes RECIPES (quick) and SEEDS (0 1 2), or STUDY, a file as in studies/;"
-	@echo "    JOBS, how many at once (one a core), and FOLDER, where to (runs, or runs/<study>)"
+	@echo "    JOBS, how many at once (one a core), and FOLDER, where to (runs, or runs/<study>); STORAGE,"
+	@echo "    a database's URL, and the same command on other machines: docs/searches.md"
 	@echo "    CIFAR10_ROOT  the folder that holds cifar-10-batches-py (./data)"
 
 env: $(VENV)/.ready ## build the environment in .venv (the other targets do it by themselves)
@@ -78,13 +79,19 @@ predict: env ## classify an image: make predict IMAGE=cat.jpg
 export: env ## write a run's network as ONNX, in float and int8, and measure both (RUN=tuned TO=runs/export)
 	@$(TINYCIFAR) export
 
-sweep: env ## train RECIPES with SEEDS, or a STUDY, several runs at once
+sweep: env ## train RECIPES with SEEDS, or a STUDY (variations, or a search), several runs at once
 	$(foreach name,$(filter SEED PARAMS FORCE RUN,$(ON_THE_COMMAND_LINE)),$(error make sweep takes no \
 		$(name): give STUDY, or RECIPES, SEEDS and PROTOCOL; JOBS, FOLDER, DATASET, DEVICE))
 	@$(TINYCIFAR) sweep
 
 # A sweep of one recipe may call it RECIPE.
 sweep: export TINYCIFAR_RECIPES := $(or $(value RECIPES),$(value RECIPE))
+
+study: env ## look at a study's runs (RUN=runs/mine, or results/studies/...)
+	@$(TINYCIFAR) notebook study
+
+dashboard: env ## a STUDY in the browser while it is trained (pip install optuna-dashboard)
+	@$(TINYCIFAR) dashboard
 
 demo: site ## the page that runs the network in a browser, at http://127.0.0.1:8000 (PORT=8000)
 	@exec $(PYTHON) -m http.server $(or $(PORT),8000) --bind 127.0.0.1 --directory "$(SITE)"

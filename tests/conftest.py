@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # see the Makefile
 
 import matplotlib
 import pytest
+import torch
 
 from tinycifar import data, training
 from tinycifar.paths import CHECKOUT
@@ -53,6 +54,15 @@ def _on_the_cpu(monkeypatch):
     pick = training.pick_device
     auto = lambda name="auto": pick("cpu" if name == "auto" else name)  # noqa: E731
     monkeypatch.setattr(training, "pick_device", auto)
+
+
+@pytest.fixture
+def one_thread():
+    """As workers have, for the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,12 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+import yaml
 
+from tinycifar import trials
 from tinycifar.recipes import Recipe
 from tinycifar.run_directory import RunDirectory
+from tinycifar.studies import train_study
 
 # Where torch.compile can work, it must: a failure is no reason to skip.
 needs_compiler = pytest.mark.skipif(
@@ -27,6 +30,31 @@ SMALL = Recipe(
     policy="light",
     network=NETWORK,
 )
+
+
+def search_study(folder, **changes):
+    """A study file of a search whose trials take half a second."""
+    study = {
+        "about": "Which rates?",
+        "base": "sprint",
+        "always": {"epochs": 3, "batch_size": 60, "network": NETWORK},
+        "search": {"lr": {"low": 0.002, "high": 0.02, "log": True}, "ema": [None, 0.9]},
+        "trials": 5,
+        **changes,
+    }
+    (folder / "rates.yaml").write_text(yaml.safe_dump(study))
+    return folder / "rates.yaml"
+
+
+def searched(file, folder, data):
+    """Train a study file in this process, as one worker would."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "train_queued", lambda plan, *_: trials.work(plan))
+        try:
+            return train_study(file, folder=folder, dataset=data, progress=False)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def history(folder):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import search_study, searched
 from matplotlib.text import Text
 from torch import nn
 
@@ -26,7 +27,8 @@ from tinycifar.evaluation import evaluate
 from tinycifar.networks import BlueprintNet
 from tinycifar.paths import RESULTS
 from tinycifar.recipes import RECIPES, Recipe, get_recipe
-from tinycifar.run_directory import HISTORY_COLUMNS
+from tinycifar.run_directory import HISTORY_COLUMNS, RunError
+from tinycifar.studies import load_study
 from tinycifar.training import train
 from tinycifar.weights import load_pretrained
 
@@ -926,3 +928,58 @@ def test_settings_of_matplotlib_are_left_alone(write_run):
     before = dict(plt.rcParams)
     analysis.plot_history(write_run())
     assert dict(plt.rcParams) == before
+
+
+# ------------------------------------------------------------------------------------ searches
+
+
+@pytest.fixture(scope="module")
+def search_folder(tiny, tmp_path_factory):
+    """A study file of a search, trained into the folder `runs` beside it."""
+    folder = tmp_path_factory.mktemp("search")
+    searched(search_study(folder, prune="none"), folder / "runs", tiny)
+    return folder
+
+
+def test_what_is_compared_of_a_search(search_folder):
+    study = load_study(search_folder / "rates.yaml")
+    runs = analysis.study_runs(study, search_folder / "runs")
+    names = [run.name for run in runs]
+    accuracy = {
+        run.name: run.metrics["val_acc"]
+        for run in analysis.find_runs(search_folder / "runs")
+        if run.name.startswith("trial")
+    }
+    best = max(accuracy, key=lambda name: accuracy[name])
+    assert names[0] == "base-val-seed0" and accuracy[names[1]] == accuracy[best]
+    assert len(names) == 2
+    # Confirmed by other seeds, the one that it was chosen by is left out.
+    confirmed = replace(study, search=replace(study.search, confirm=1))
+    assert len(analysis.study_runs(confirmed, search_folder / "runs")) == 1
+    table = analysis.study_table(runs)
+    assert table["variation"].tolist() == ["base", names[1].split("-")[0].replace("_", " ")]
+
+
+def test_a_search_is_read_and_drawn(search_folder, monkeypatch):
+    file, folder = search_folder / "rates.yaml", search_folder / "runs"
+    search = analysis.load_search(file, folder)
+    table = analysis.search_table(search)
+    assert table.to_dict("records")[0] | {"val_acc": 0} == {
+        "outcome": "complete", "trials": 5, "epochs": 15, "val_acc": 0,
+    }  # fmt: skip
+    assert "15 of the 15" in table.attrs["note"] and "NOT CIFAR-10" in table.attrs["note"]
+    before = dict(plt.rcParams)
+    for what in ("history", "epochs", "importances", "slices"):
+        figure = analysis.plot_search(search, what)
+        assert "NOT CIFAR-10" in figure.get_suptitle()
+        plt.close(figure)
+    assert dict(plt.rcParams) == before
+    with pytest.raises(ValueError, match="unknown figure 'pie'; valid: history, epochs"):
+        analysis.plot_search(search, "pie")
+    with pytest.raises(FileNotFoundError, match=r"no search at .*begin it with make sweep"):
+        analysis.load_search(file, search_folder)
+    with pytest.raises(ValueError, match="'ablation' has no search"):
+        analysis.load_search("studies/ablation.yaml", folder)
+    monkeypatch.setenv("TINYCIFAR_STORAGE", "postgresql://u:secret@127.0.0.1:1/x")
+    with pytest.raises(RunError, match=r"u:\*\*\*@127"):
+        analysis.load_search(file, folder)

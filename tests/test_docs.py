@@ -13,7 +13,8 @@ from tinycifar import load_run, publish
 from tinycifar.costs import layer_costs, receptive_field
 from tinycifar.paths import CHECKOUT, RESULTS
 from tinycifar.recipes import RECIPES
-from tinycifar.studies import load_study
+from tinycifar.studies import SEARCH_KEYS, load_study
+from tinycifar.trials import PRUNERS, SAMPLERS
 from tinycifar.weights import load_pretrained
 
 README = CHECKOUT / "README.md"
@@ -115,11 +116,21 @@ def test_the_examples_of_the_library_run(tmp_path, monkeypatch):
     assert features["c3"].shape == (1, 48, 32, 32)
 
 
-def test_the_readmes_study_is_one(tmp_path):
-    (block,) = blocks(README, "yaml")
-    (tmp_path / "mine.yaml").write_text(block)
-    study = load_study(tmp_path / "mine.yaml")
-    assert len(study.recipes) == 5 and len(study.seeds) == 3
+def test_the_studies_of_the_pages_are_some(tmp_path):
+    searches = CHECKOUT / "docs" / "searches.md"
+    study, search, other = blocks(README, "yaml") + blocks(searches, "yaml")[:1]
+    loaded = []
+    for block in (study, search, other):
+        (tmp_path / "mine.yaml").write_text(block)
+        loaded.append(load_study(tmp_path / "mine.yaml"))
+    assert len(loaded[0].recipes) == 3 and len(loaded[0].seeds) == 3
+    assert [study.search.trials for study in loaded[1:]] == [40, 40]
+    assert len(search.splitlines()) <= 10
+
+
+def test_the_page_of_searches_names_what_there_is():
+    page = (CHECKOUT / "docs" / "searches.md").read_text()
+    assert all(f"`{name}`" in page for name in [*SAMPLERS, *PRUNERS, *SEARCH_KEYS])
 
 
 def test_the_readme_is_short():

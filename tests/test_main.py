@@ -44,8 +44,10 @@ def test_help_needs_no_torch():
     script += "assert not {'torch', 'matplotlib', 'pandas', 'papermill'} & sys.modules.keys()"
     command = [sys.executable, "-c", script]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for verb in ("notebook", "train", "sweep", "predict", "publish", "card", "verify"):
+    verbs = "notebook train sweep dashboard predict publish card verify"
+    for verb in verbs.split():
         assert f"\n  {verb} " in printed
+    assert "\n  worker" not in printed
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,8 @@ def test_help_needs_no_torch():
         (["sweep", "slow"], 1, "error: unknown recipe 'slow'; valid: baseline, quick"),
         (["sweep", "--study", "gone.yaml"], 1, "error: no study at"),
         (["sweep", "quick", "--study", "x"], 1, "error: a study names its own recipes and seeds"),
+        (["dashboard"], 1, "error: name a study, e.g. make dashboard STUDY="),
+        (["dashboard", "--study", "studies/gone.yaml"], 1, "error: no study at"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(capsys, arguments, code, says):
@@ -156,17 +160,21 @@ def test_python_that_drops_asserts_and_docstrings_does_the_same(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch, tiny):
-    """What `train_many` is asked for; it trains in this process, all but the last."""
+    """What `train_many` and `train_study` are asked for; of a study all but the last is trained."""
     calls = []
 
-    def train_many(recipes, seeds, *, folder, **more):
-        calls.append({"recipes": recipes, "seeds": seeds, "folder": folder, **more})
-        for recipe in recipes[:-1]:
-            run_dir = folder / training.run_name(recipe, "val", seeds[0])
-            training.train(recipe, run_dir, dataset=tiny, progress=False)
+    def train_many(recipes, seeds, **more):
+        calls.append({"recipes": recipes, "seeds": seeds, **more})
         raise RunError("1 run failed")
 
+    def train_study(study, *, folder, **more):
+        for recipe in study.recipes[:-1]:
+            run_dir = folder / training.run_name(recipe, "val", study.seeds[0])
+            training.train(recipe, run_dir, dataset=tiny, progress=False)
+        train_many(study.recipes, study.seeds, folder=folder, **more)
+
     monkeypatch.setattr(studies, "train_many", train_many)
+    monkeypatch.setattr(studies, "train_study", train_study)
     return calls
 
 
@@ -191,12 +199,16 @@ def test_a_sweep_without_a_study(asked, monkeypatch, capsys):
     monkeypatch.setenv("TINYCIFAR_RECIPES", "tuned")
     monkeypatch.setenv("TINYCIFAR_SEEDS", " 3 4")
     monkeypatch.setenv("TINYCIFAR_PROTOCOL", "full")
+    monkeypatch.setenv("TINYCIFAR_STORAGE", "postgresql://u:p@h/d")
+    monkeypatch.setenv("TINYCIFAR_THREADS", "2")
     fails(["sweep"], capsys)
     first, second = asked
     assert (first["recipes"], first["seeds"]) == (["quick"], [0, 1, 2])
     assert (first["jobs"], first["folder"], first["protocol"]) == (2, "runs", "val")
+    assert (first["storage"], first["threads"]) == (None, 1)
     assert (second["recipes"], second["seeds"]) == (["tuned"], [3, 4])
     assert (second["jobs"], second["protocol"]) == (None, "full")
+    assert (second["storage"], second["threads"]) == ("postgresql://u:p@h/d", 2)
 
 
 # ----------------------------------------------------------------------------------------- make
@@ -250,6 +262,8 @@ def make(tmp_path):
         ("tour", "notebook tuning_CNN_CIFAR10"),
         ("predict", "predict"),
         ("sweep", "sweep"),
+        ("study", "notebook study"),
+        ("dashboard", "dashboard"),
         ("results", "publish"),
         ("card", "card"),
         ("verify-results", "verify"),

@@ -15,9 +15,11 @@ from functools import partial
 
 import nbformat
 import pytest
+from helpers import search_study, searched
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar import notebooks
+from tinycifar.data import load
 
 TOUR = "tuning_CNN_CIFAR10"
 SMALL = {
@@ -29,17 +31,18 @@ SMALL = {
     "analysis": {},
     "export": {"images": 20},
     TOUR: {"limit": 100, "changes": {"epochs": 1, "width": 0.25}},
+    "study": {},
 }
-FIGURES = {"stats": 3, "training": 4, "analysis": 8, "export": 2, TOUR: 6}
+FIGURES = {"stats": 3, "training": 4, "analysis": 8, "export": 2, TOUR: 6, "study": 5}
 # Two at a time, as most of it is the start of kernels; two read what `training` trains.
-CHAINS = [("training", "analysis", "export"), (TOUR, "stats")]
+CHAINS = [("training", "analysis", "export"), (TOUR, "stats", "study")]
 # Jupyter picks free ports for a kernel, and another process may take one before the kernel does.
 NO_PORT = "Kernel died before replying"
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The folder of the four, executed; its name has a space."""
+    """The folder of the five, executed; its name has a space."""
     folder = tmp_path_factory.mktemp("runs") / "a run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # a core each
@@ -52,8 +55,12 @@ def execute(names, folder):
     settings = {"dataset": "shapes", "recipe": "quick", "protocol": "val", "seed": 0}
     settings |= {"force": True, "device": "cpu"}
     for name in names:
-        into = folder / "tour" if name == TOUR else folder
-        arguments = [name], into, settings, SMALL[name]
+        into = folder / name if name in (TOUR, "study") else folder
+        parameters = dict(SMALL[name])
+        if name == "study":
+            parameters["study"] = str(search_study(folder))
+            searched(parameters["study"], into, load("shapes", limit=200))
+        arguments = [name], into, settings, parameters
         try:
             notebooks.run_notebooks(*arguments)
         except RuntimeError as error:

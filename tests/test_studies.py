@@ -1,23 +1,19 @@
 """studies.py: files that say what to train, and many runs at once, each as `train` makes it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import yaml
-from helpers import SMALL
+from helpers import NETWORK, SMALL
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 import augment
 from tinycifar import data, studies
 from tinycifar.paths import CHECKOUT
 from tinycifar.recipes import RECIPES, get_recipe
 from tinycifar.run_directory import RunDirectory, RunError, find_run
-from tinycifar.studies import load_study, train_many
+from tinycifar.studies import load_study, train_many, train_study
 from tinycifar.training import settle, train
 
 ONE_EPOCH = get_recipe(SMALL, name="one", epochs=1)
@@ -88,6 +84,8 @@ def test_numbers_are_numbers(write):
         ({"variations": {"x": {"lr": -1}}}, "variation 'x': lr must be"),
         ({"variations": {"x": {"epochs": 1}}}, "'x' changes nothing"),
         ({"variations": {"../x": {"lr": 1}}}, "a variation's name has letters"),
+        ({"variations": {"trial 3": {"lr": 1}}}, "a variation's name has letters"),
+        ({"variations": None}, "no 'variations or search'"),
         ({"variations": ["lr"]}, "variations must be a mapping"),
         ({"seeds": [0, 0]}, "list of different whole numbers"),
         ({"seeds": ["a"]}, "seed must be a whole number"),
@@ -151,10 +149,95 @@ def test_a_study_may_say_things_once(write):
     assert [(r.lr, r.epochs) for r in load_study(file).recipes[1:]] == [(0.1, 3), (0.2, 3)]
 
 
+# ------------------------------------------------------------------------------------ searches
+
+SEARCH = {
+    "about": "Which rates?",
+    "base": "sprint",
+    "always": {"epochs": 2, "network": NETWORK},
+    "search": {
+        "lr": {"low": 0.002, "high": 0.02, "log": True},
+        "ema": [None, 0.9],
+        "batch_size": {"low": 32, "high": 64, "step": 16},
+        "policy": ["light", "gentle", "flip"],
+    },
+    "trials": 4,
+}
+
+
+@pytest.fixture
+def write_search(tmp_path):
+    def write(**changes):
+        content = {k: v for k, v in (SEARCH | changes).items() if v is not None}
+        (tmp_path / "rates.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return tmp_path / "rates.yaml"
+
+    return write
+
+
+def test_a_search_is_a_base_and_ranges(write_search):
+    study = load_study(write_search())
+    assert study.search.ranges == {
+        "lr": FloatDistribution(0.002, 0.02, log=True),
+        "ema": CategoricalDistribution([None, 0.9]),
+        "batch_size": IntDistribution(32, 64, step=16),
+        "policy": CategoricalDistribution(["light", "gentle", "flip"]),
+    }
+    assert (study.search.seed, study.search.trials, study.search.confirm) == (0, 4, 0)
+    assert (study.search.sampler, study.search.prune, study.search.epochs) == (
+        "tpe",
+        "hyperband",
+        2,
+    )
+    assert study.search.base == study.recipes[0]
+    assert study.runs == [(study.recipes[0], 0)]
+    confirmed = load_study(write_search(confirm=3, seeds=[5], prune="none"))
+    assert [seed for _, seed in confirmed.runs] == [5, 6, 7]  # the base, too
+    epochs = {"epochs": {"low": 1, "high": 9}}
+    assert load_study(write_search(search=epochs)).search.epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"trials": None}, "a search needs 'trials'"),
+        ({"trials": 0}, "trials must be a whole number"),
+        ({"search": {"lrate": [1]}}, "a recipe has no field 'lrate' to change; valid: epochs"),
+        ({"search": {"lr": {"low": -1, "high": 1}}}, "search of 'lr': lr must be a number from"),
+        ({"search": {"lr": {"low": 1, "high": 1000}}}, "search of 'lr': lr must be a number from"),
+        ({"search": {"lr": {"low": 0.1}}}, "must be a list of choices, or {low: 0.1, high: 1}"),
+        ({"search": {"lr": {"low": 2, "high": 1}}}, "search of 'lr': "),
+        ({"search": {"lr": 0.1}}, "must be a list of choices"),
+        ({"search": {"policy": ["light", "heavy"]}}, "search of 'policy': unknown policy 'heavy'"),
+        ({"search": {"policy": {"low": "light", "high": "flip"}}}, "low must be a number"),
+        ({"search": {"ema": [0.9, 0.9]}}, "choices must be different"),
+        ({"search": {"policy": ["light", "none"]}}, "search of 'policy': alternate_flip takes"),
+        (
+            {"search": {"build": ["batched", "torchvision"], "alternate_flip": [True, False]}},
+            "search of 'build': alternate_flip takes",
+        ),
+        ({"search": {}}, "search names no field"),
+        ({"sampler": "best"}, "unknown sampler 'best'; valid: tpe, gp, random"),
+        ({"prune": "early"}, "unknown prune 'early'; valid: hyperband, median, none"),
+        ({"seeds": [0, 1]}, "a search has one seed"),
+        ({"search": None, "variations": {"x": {"lr": 1}}}, "'trials' is of a search"),
+        ({"confirm": -1}, "confirm must be"),
+    ],
+)
+def test_a_wrong_search_is_refused_before_anything_is_stored(
+    write_search, tmp_path, tiny, changes, says
+):
+    file = write_search(**changes)
+    with pytest.raises(ValueError) as caught:
+        train_study(file, folder=tmp_path / "out", dataset=tiny)
+    assert str(caught.value).startswith("rates.yaml: ") and says in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 # -------------------------------------------------------------------------------- many at once
 
 
-def test_runs_are_what_train_makes_and_finished_ones_are_kept(tiny, tmp_path, capsys):
+def test_runs_are_what_train_makes_and_finished_ones_are_kept(tiny, tmp_path, capsys, one_thread):
     settings = {"dataset": tiny, "device": "cpu", "folder": tmp_path}
     with pytest.MonkeyPatch.context() as patch:  # policies of one's own reach the processes too
         patch.setitem(augment.POLICIES, "mine", augment.Policy(flip=1.0))
@@ -163,9 +246,8 @@ def test_runs_are_what_train_makes_and_finished_ones_are_kept(tiny, tmp_path, ca
     config = RunDirectory(tmp_path / "mine-val-seed3").config()
     assert config["policies"]["mine"]["flip"] == 1.0
     assert [(m["recipe"], m["seed"]) for m in many] == [("one", 3), ("mine", 3)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine-val-seed3", "one-val-seed3"]
-    printed = capsys.readouterr().out
-    assert printed.count("on shapes (stand-in, NOT CIFAR-10), 200 training images") == 2
+    assert {p.name for p in tmp_path.glob("*-seed3")} == {"mine-val-seed3", "one-val-seed3"}
+    assert f"one-val-seed3  validation {many[0]['val_acc']:.2f} %" in capsys.readouterr().out
 
     alone = train(ONE_EPOCH, tmp_path / "alone", seed=3, dataset=tiny, progress=False)
     assert alone["test_loss"] == many[0]["test_loss"]
@@ -198,48 +280,6 @@ def interrupt(row):
     raise KeyboardInterrupt
 
 
-def die(*_, **__):
-    os._exit(9)  # as the kernel ends a process where memory runs out
-
-
-def test_a_killed_process_is_named(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "train", die)
-    with pytest.raises(RunError, match=r"a training process was killed.*fewer JOBS"):
-        train_many([ONE_EPOCH], dataset=tiny, folder=tmp_path, progress=False)
-
-
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_sweep_leaves_nothing_training(tmp_path, by):
-    """Its processes would hold their runs' locks, and the cores."""
-    options = ["--seed", "0", "--dataset", "shapes", "--jobs", "1", "--folder", str(tmp_path)]
-    command = [sys.executable, "-m", "tinycifar", "sweep", "baseline", *options]
-    sweep = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    run_dir = tmp_path / "baseline-val-seed0"
-    wait_until((run_dir / "config.json").is_file, 240)
-    assert locked(run_dir)
-    sweep.send_signal(by)
-    _, said = sweep.communicate()
-    assert ("the same command goes on" in said) == (by == signal.SIGTERM)
-    wait_until(lambda: not locked(run_dir), 30)
-
-
-def wait_until(happened, seconds):
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
-def locked(run_dir):
-    fcntl = pytest.importorskip("fcntl")
-    with open(run_dir / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -248,6 +288,8 @@ def locked(run_dir):
         ({"seeds": [1, 1]}, "only once"),
         ({"seeds": [-1]}, "seed must be"),
         ({"jobs": 0}, "jobs must be"),
+        ({"threads": 0}, "threads must be"),
+        ({"heartbeat": 0}, "heartbeat must be"),
         ({"protocol": "train"}, "unknown protocol"),
     ],
 )
@@ -258,16 +300,11 @@ def test_bad_input_is_refused_before_anything_runs(tiny, tmp_path, arguments, sa
     assert not list(tmp_path.iterdir())
 
 
-def test_cores_are_shared_out(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+def test_there_is_a_worker_for_each_core(monkeypatch):
+    monkeypatch.setattr(studies, "_cores", lambda: 16)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert studies._share_out(100, cpu, None) == (16, 1)
-    assert studies._share_out(3, cpu, None) == (3, 5)
-    assert studies._share_out(100, cpu, 4) == (4, 4)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as OMP_NUM_THREADS=1 has it
-    for cores, shared in ((16, (8, 2)), (2, (2, 1))):
-        monkeypatch.setattr(studies, "_cores", lambda cores=cores: cores)
-        assert studies._share_out(100, gpu, None) == shared
+    assert [studies._most_jobs(cpu, threads) for threads in (1, 4, 99)] == [16, 4, 1]
+    assert studies._most_jobs(gpu, 1) == 8
 
 
 def test_an_unknown_data_set_is_refused_before_anything_runs(tmp_path):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tinycifar.recipes import get_recipe as get_recipe
     from tinycifar.run_directory import RunError as RunError
     from tinycifar.studies import train_many as train_many
+    from tinycifar.studies import train_study as train_study
     from tinycifar.training import train as train
     from tinycifar.weights import load_pretrained as load_pretrained
     from tinycifar.weights import predict as predict
@@ -46,6 +47,7 @@ _HOMES = {
     "predict": "weights",
     "train": "training",
     "train_many": "studies",
+    "train_study": "studies",
 }
 
 __all__ = [*_HOMES]

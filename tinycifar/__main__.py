@@ -53,10 +53,13 @@ def literal(text: Any) -> Any:
 RecipeName = Annotated[str, _option("RECIPE", "quick, tuned, sprint, baseline or int8")]
 Protocol = Annotated[str, _option("PROTOCOL", "val, full or test-selected")]
 Dataset = Annotated[str, _option("DATASET", "auto, cifar10 or shapes, the stand-in")]
+Limit = Annotated[int | None, _option("LIMIT", "only so many training images  [all]")]
 Seed = Annotated[int, _option("SEED", "any whole number", parser=literal, metavar="N")]
 Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda or mps")]
 RunDir = Annotated[str, _option("RUN", "the run directory  [runs/RECIPE-PROTOCOL-seedSEED]")]
 Force = Annotated[bool, _option("FORCE", "train again what is finished")]
+Folder = Annotated[str, _option("FOLDER", "of the runs  [runs, or runs/<study>]")]
+Storage = Annotated[str, _option("STORAGE", "URL of a database  [SQLite, in the folder]")]
 Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="repeatable")]
 
 
@@ -87,7 +90,7 @@ def train(
     recipe: RecipeName = "quick",
     protocol: Protocol = "val",
     dataset: Dataset = "auto",
-    limit: Annotated[int | None, _option("LIMIT", "only so many training images  [all]")] = None,
+    limit: Limit = None,
     seed: Seed = 0,
     device: Device = "auto",
     workers: Annotated[int, _option("WORKERS", "loader processes")] = 0,
@@ -105,7 +108,7 @@ def train(
         run or None,
         seed=seed,
         protocol=protocol,
-        dataset=dataset if limit is None else data.load(dataset, limit=limit),
+        dataset=_data(dataset, limit),
         device=device,
         workers=workers,
         force=force,
@@ -114,20 +117,29 @@ def train(
     print(f"test accuracy {metrics['test_acc']:.2f} % on {on}")
 
 
-@app.command(help="Train recipes with seeds, or a study, several runs at once.")
+@app.command(
+    help="Train recipes with seeds, or a study, by several workers.\n\n"
+    "The same command on another machine, with the same storage and folder, joins in."
+)
 def sweep(
     names: Annotated[list[str] | None, _argument("RECIPES", "[quick]")] = None,
     seeds: Annotated[list[int] | None, _option("SEEDS", "repeatable  [0 1 2]", "--seed")] = None,
     protocol: Annotated[str, _option("PROTOCOL", "val, full or test-selected  [val]")] = "",
     study: Annotated[str, _option("STUDY", "a file of recipes and seeds, as in studies/")] = "",
     dataset: Dataset = "auto",
+    limit: Limit = None,
     device: Device = "auto",
-    folder: Annotated[str, _option("FOLDER", "of the runs  [runs, or runs/<study>]")] = "",
-    jobs: Annotated[int | None, _option("JOBS", "runs at once  [one a core; on a GPU 8]")] = None,
+    folder: Folder = "",
+    storage: Storage = "",
+    jobs: Annotated[int | None, _option("JOBS", "workers  [one a core; on a GPU 8]")] = None,
+    threads: Annotated[int, _option("THREADS", "of each worker")] = 1,
+    heartbeat: Annotated[int, _option("HEARTBEAT", "seconds between signs of life")] = 20,
 ) -> None:
-    from tinycifar.studies import load_study, train_many
+    from tinycifar.run_directory import RunError
+    from tinycifar.studies import load_study, train_many, train_study
 
-    more: dict[str, Any] = {"dataset": dataset, "device": device, "jobs": jobs}
+    more: dict[str, Any] = {"device": device, "jobs": jobs, "threads": threads}
+    more |= {"dataset": _data(dataset, limit), "storage": storage or None, "heartbeat": heartbeat}
     if not study:
         more |= {"protocol": protocol or "val", "folder": folder or "runs"}
         train_many(names or ["quick"], seeds or [0, 1, 2], **more)
@@ -136,25 +148,51 @@ def sweep(
         raise ValueError(
             "a study names its own recipes and seeds, under val: leave out RECIPES, SEEDS, PROTOCOL"
         )
-    chosen = load_study(study)
-    into = Path(folder or f"runs/{chosen.name}")
+    loaded = load_study(study)
+    into = Path(folder or f"runs/{loaded.name}")
     try:
-        train_many(chosen.recipes, chosen.seeds, folder=into, **more)
-    finally:  # if some runs failed, of the others
-        _print_table(chosen.about, into, {recipe.name for recipe in chosen.recipes})
+        train_study(loaded, folder=into, **more)
+    except RunError:  # if some runs failed, of the others
+        _print_table(loaded, into)
+        raise
+    _print_table(loaded, into)
 
 
-def _print_table(about: str, folder: Path, names: set[str]) -> None:
+def _print_table(study: Any, folder: Path) -> None:
     from tinycifar import analysis  # matplotlib, which the runs do without
 
     try:
-        runs = analysis.find_runs(folder)
-        table = analysis.study_table(run for run in runs if run.recipe["name"] in names)
-        print(f"\n{about}\n\n{analysis.markdown(table)}")
+        table = analysis.study_table(analysis.study_runs(study, folder))
+        print(f"\n{study.about}\n\n{analysis.markdown(table)}")
     except FileNotFoundError:
         pass  # nothing was trained
     except ValueError as error:  # no run of the base is finished, or one is damaged
         print(f"no table: {error}")
+
+
+@app.command(help="Look at a study in the browser while it is trained, with optuna-dashboard.")
+def dashboard(
+    study: Annotated[str, _option("STUDY", "a file of recipes and seeds, as in studies/")] = "",
+    folder: Folder = "",
+    storage: Storage = "",
+    port: Annotated[int, _option("PORT", "of the page")] = 8080,
+) -> None:
+    from tinycifar.trials import show_dashboard
+
+    if not (study or folder or storage):
+        raise ValueError("name a study, e.g. make dashboard STUDY=studies/mine.yaml")
+    show_dashboard(Path(folder or f"runs/{Path(study).stem}"), storage or None, port)
+
+
+@app.command(hidden=True)
+def worker() -> None:
+    """What `sweep` starts: train what the plan on standard input says."""
+    from tinycifar.trials import work_for_parent
+
+    try:
+        work_for_parent()
+    except KeyboardInterrupt:
+        sys.exit(130)  # our parent says so
 
 
 @app.command(help="Classify an image with trained weights; or many, into a table.")
@@ -233,6 +271,13 @@ def verify() -> None:
 
 
 # ---------------------------------------------------------------------------------------- arguments
+
+
+def _data(dataset: str, limit: int | None) -> Any:
+    """What `train` takes for its data set."""
+    from tinycifar.data import load
+
+    return dataset if limit is None else load(dataset, limit=limit)
 
 
 def _values(parameters: Iterable[str] | None) -> dict[str, Any]:

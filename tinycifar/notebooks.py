@@ -168,6 +168,8 @@ def _folder(names: list[str], trains: bool, given: str, default: str) -> Path:
     reads = bool({"analysis", "export"} & set(names)) and not trains
     if given and reads:
         return find_run(given)
+    if names == ["study"] and not given:
+        raise ValueError("name the folder of a study's runs: make study RUN=runs/mine")
     folder = new_run(given or f"runs/{'tour' if names == [TOUR] else default}")
     if reads and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no run in {folder}: train it first, or name another RUN")

@@ -28,6 +28,7 @@ from tinycifar.data import Data, load
 from tinycifar.evaluation import evaluate
 from tinycifar.paths import CHECKOUT, RESULTS, shown
 from tinycifar.recipes import RECIPES
+from tinycifar.studies import load_study
 from tinycifar.weights import load_pretrained
 
 _ROOT = CHECKOUT or Path()
@@ -320,6 +321,10 @@ def _figures() -> Iterator[tuple[Path, Figure]]:
     for name, varied in compared_studies().items():
         title = f"Study `{name}`: gains over its base"
         yield STUDIES / name / "study.png", analysis.plot_study(varied, title)
+        if (study := load_study(STUDIES.parents[1] / "studies" / f"{name}.yaml")).search:
+            search = analysis.load_search(study, STUDIES / name)
+            for what in analysis.SEARCH_FIGURES:
+                yield STUDIES / name / f"{what}.png", analysis.plot_search(search, what)
 
 
 def _plot_baselines(runs: list[Run]) -> Figure:
@@ -363,8 +368,9 @@ def verify(runs: Iterable[Run] | None = None) -> None:
     data, wrong = load("cifar10"), []
     for run in published_runs() if runs is None else runs:
         name = shown(run.folder)
-        if run.metrics is None:
-            print(f"{name}: unfinished, not verified")
+        if run.metrics is None or run.metrics["test_acc"] is None:
+            why = "unfinished" if run.metrics is None else "a trial that left the test set alone"
+            print(f"{name}: {why}, not verified")
             continue
         for metric, measured in measure(run, data).items():
             claimed, allowed = run.metrics[metric], 0.001 if metric == "test_loss" else 0.01

@@ -1,53 +1,60 @@
-"""Many runs: every recipe with every seed, or a study, several at once.
+"""Many runs: every recipe with every seed, or a study file's variations and searches.
 
     table = train_many(["quick", get_recipe("quick", lr=0.01)], seeds=[0, 1, 2])
+    table = train_study("studies/mine.yaml")    # make sweep STUDY=studies/mine.yaml
 
-A study is a file: a base recipe, variations of it, seeds. `make sweep STUDY=studies/x.yaml`.
+A study is a file: a base recipe, and variations of it, a search, or both.
 
     about: What each part of the schedule is worth.
     base: baseline               # a recipe, see recipes.RECIPES
     always: {epochs: 12}         # changes of the base that all variations share
-    seeds: [0, 1, 2]             # [0], unless said
+    seeds: [0, 1, 2]             # [0], unless said; of a search one
     variations:                  # name: changes
       one cycle: {schedule: one_cycle, lr: 0.2, stop_patience: null}
       no dilation: {dilated: false}
+    search:                      # field of a recipe: its range, or its choices
+      lr: {low: 0.002, high: 0.02, log: true}
+      ema: [null, 0.99]
+    trials: 40                   # of the search, those that were pruned included
+    sampler: tpe                 # see trials.SAMPLERS; tpe, unless said
+    prune: hyperband             # see trials.PRUNERS; hyperband, unless said
+    confirm: 3                   # train so many of the best with two more seeds; 0, unless said
 
 To add a variation is to add a line. Each becomes an ordinary recipe, called by its name, and each
-of its seeds an ordinary run directory, in runs/<name of the file>/. The protocol is `val`: what is
-to be chosen is chosen on validation.
+of its seeds an ordinary run directory, in runs/<name of the file>/; a trial of a search is called
+by its number. The protocol is `val`: what is to be chosen is chosen on validation. How the runs
+are shared out, over processes and machines: trials.py, docs/searches.md.
 
 A net this small leaves most of a GPU idle; on a CPU one-thread runs side by side gain a little.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import hashlib
+import json
 import os
 import re
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 import yaml
-from tqdm.auto import tqdm
 
-import augment
-from tinycifar.checks import check_whole
+from tinycifar import trials
+from tinycifar.checks import check_choice, check_number, check_whole
 from tinycifar.data import Data, load, title
 from tinycifar.paths import absolute
-from tinycifar.recipes import Recipe, check_protocol, get_recipe
-from tinycifar.run_directory import RunDirectory, RunError
-from tinycifar.training import check_seed, require_teacher, settle, train
+from tinycifar.recipes import Recipe, get_recipe
+from tinycifar.run_directory import RunDirectory
+from tinycifar.training import Experiment, check_seed, require_teacher, settle
+from tinycifar.trials import Plan, Search
 
 KEYS = {"about", "base", "always", "seeds", "variations"}
-Waiting = dict[tuple[Recipe, int], RunDirectory]  # runs to train, by recipe and seed
+SEARCH_KEYS = {"search", "trials", "sampler", "prune", "confirm"}
 JOBS_ON_A_GPU = 8  # a guess, not yet measured: each takes some 1 GB of it, and a core to feed it
 
 # ------------------------------------------------------------------------------------------ studies
@@ -62,12 +69,20 @@ class Study:
         about: what it is to find out.
         recipes: the base, called `base`, and then its variations.
         seeds: each of them is trained with each.
+        search: None without one.
     """
 
     name: str
     about: str
     recipes: tuple[Recipe, ...]
     seeds: tuple[int, ...]
+    search: Search | None = None
+
+    @property
+    def runs(self) -> list[tuple[Recipe, int]]:
+        """Recipe and seed of each whole run; where a search is confirmed, the base's are too."""
+        more = self.search.confirming_seeds if self.search else ()
+        return [*product(self.recipes, self.seeds), *((self.recipes[0], seed) for seed in more)]
 
 
 def load_study(file: str | Path) -> Study:
@@ -91,26 +106,100 @@ def load_study(file: str | Path) -> Study:
 
 def _study(name: str, content: object) -> Study:
     content = _mapping("a study", content)
-    unknown, missing = content.keys() - KEYS, {"about", "base", "variations"} - content.keys()
+    unknown, missing = content.keys() - KEYS - SEARCH_KEYS, {"about", "base"} - content.keys()
+    if not content.keys() & {"variations", "search"}:
+        missing.add("variations or search")
     if unknown or missing:
         what = f"unknown key {min(unknown, key=str)!r}" if unknown else f"no {min(missing)!r}"
-        raise ValueError(f"{what}; a study has {', '.join(sorted(KEYS))}")
+        raise ValueError(f"{what}; a study has {', '.join(sorted(KEYS | SEARCH_KEYS))}")
     base = _changed(get_recipe(content["base"]), "always", content.get("always", {}), name="base")
-    variations = _mapping("variations", content["variations"]).items()
+    variations = _mapping("variations", content.get("variations", {})).items()
     recipes = [base, *(_varied(base, variation, changes) for variation, changes in variations)]
     seeds = content.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"seeds must be a list of different whole numbers; got {seeds!r}")
+    seeds = tuple(map(check_seed, seeds))
     about = _text("about", content["about"])
-    return Study(name, about, tuple(recipes), tuple(map(check_seed, seeds)))
+    return Study(name, about, tuple(recipes), seeds, _search(content, base, seeds))
+
+
+def _search(content: dict, base: Recipe, seeds: tuple[int, ...]) -> Search | None:
+    if "search" not in content:
+        if given := content.keys() & SEARCH_KEYS:
+            raise ValueError(f"{min(given)!r} is of a search: name ranges under 'search'")
+        return None
+    if "trials" not in content:
+        raise ValueError("a search needs 'trials', how many: e.g. trials: 40")
+    if len(seeds) > 1:
+        raise ValueError(
+            f"a search has one seed; got {list(seeds)}: confirm: 3 trains the best with two more"
+        )
+    sampler, prune = content.get("sampler", "tpe"), str(content.get("prune", "hyperband"))
+    prune = "none" if content.get("prune", "hyperband") is None else prune  # null is YAML's none
+    check_choice("sampler", sampler, trials.SAMPLERS)
+    check_choice("prune", prune, trials.PRUNERS)
+    ranges = {
+        name: _range(base, name, values)
+        for name, values in _mapping("search", content["search"]).items()
+    }
+    if not ranges:
+        raise ValueError("search names no field of a recipe: give at least one with its range")
+    _check_together(base, ranges)
+    return Search(
+        base=base,
+        ranges=ranges,
+        seed=seeds[0],
+        trials=check_whole("trials", content["trials"], 1, 100_000),
+        sampler=sampler,
+        prune=prune,
+        confirm=check_whole("confirm", content.get("confirm", 0), 0, 100),
+    )
+
+
+def _range(base: Recipe, name: object, values: Any) -> optuna.distributions.BaseDistribution:
+    """The distribution of one field: choices, or numbers from low to high."""
+    where = f"search of {name!r}"
+    if isinstance(values, list):
+        for value in values:
+            _changed(base, where, {name: value}, "trial")
+        plain = all(isinstance(value, str | int | float | None) for value in values)
+        if not plain or not values or len(set(map(repr, values))) < len(values):
+            raise ValueError(f"{where}: choices must be different plain values; got {values!r}")
+        return optuna.distributions.CategoricalDistribution(values)
+    if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= _RANGE:
+        raise ValueError(
+            f"{where} must be a list of choices, or {{low: 0.1, high: 1}}, with log: true or a "
+            f"step where wanted; got {values!r}"
+        )
+    ends = [_changed(base, where, {name: values[end]}, "trial") for end in ("low", "high")]
+    low, high = (getattr(end, str(name)) for end in ends)
+    for end, value in (("low", low), ("high", high)):
+        check_number(f"{where}: {end}", value, float("-inf"))
+    whole = Recipe.__annotations__[str(name)].startswith("int")
+    kind = "IntDistribution" if whole else "FloatDistribution"
+    try:
+        return getattr(optuna.distributions, kind)(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+_RANGE = {"low", "high", "log", "step"}
+
+
+def _check_together(base: Recipe, ranges: Mapping[str, Any]) -> None:
+    """Whether the ends of the ranges make recipes together, too; of very many, the first."""
+    ends = [getattr(d, "choices", None) or (d.low, d.high) for d in ranges.values()]
+    for values in islice(product(*ends), 2_000):
+        _changed(base, "search", dict(zip(ranges, values, strict=True)), "trial")
 
 
 def _varied(base: Recipe, name: object, changes: object) -> Recipe:
     name = _text("a variation's name", name)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .-]*", name) or name == "base":
+    taken = re.fullmatch(r"base|trial[ _]\d+", name)  # trials of a search are called so
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .-]*", name) or taken:
         raise ValueError(
-            "a variation's name has letters, digits, spaces, dots and hyphens, and isn't 'base'; "
-            f"got {name!r}"
+            "a variation's name has letters, digits, spaces, dots and hyphens, and isn't 'base' "
+            f"or 'trial 1'; got {name!r}"
         )
     recipe = _changed(base, f"variation {name!r}", changes, name=name.replace(" ", "_"))
     if replace(recipe, name="base") == base:
@@ -178,22 +267,26 @@ def train_many(
     device: str = "auto",
     folder: str | Path = "runs",
     jobs: int | None = None,
+    threads: int = 1,
+    storage: str | None = None,
+    heartbeat: int = trials.HEARTBEAT,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train every recipe with every seed; finished runs are kept, interrupted ones go on.
 
-    Called from a script, it has to stand under `if __name__ == "__main__":`, as for any program
-    that starts processes.
+    The same call elsewhere, with the same storage and folder, joins in.
 
     Args:
         recipes: names in `recipes.RECIPES`, or recipes; no two of the same name.
         seeds: whole numbers.
         protocol, dataset, device: as for `train`.
         folder: where the run directories go, called `<recipe>-<protocol>-seed<seed>`.
-        jobs: how many at once, of 1 to 2 GB each; None is one a core, on a GPU up to 8. The cores
-            are shared out among them, and each thread count rounds in its own way: for the same
-            bits give the same number of jobs, however many runs are finished already.
-        progress: print a line for each run that ends, and on a terminal draw a bar of the epochs.
+        jobs: how many workers here, of 1 to 2 GB each; None is one a core, on a GPU up to 8.
+        threads: of each worker. Another number rounds in another way, whatever `jobs` is.
+        storage: the URL of a database, as Optuna takes it; None is SQLite's, in the folder.
+        heartbeat: seconds between a worker's signs of life; three times as long without one, and
+            its run is queued again.
+        progress: print a line for each run that ends, and on a terminal draw a bar.
 
     Returns:
         What each metrics.json holds, recipe by recipe, in the order of the seeds.
@@ -201,83 +294,135 @@ def train_many(
     Raises:
         ValueError: bad input, before anything is run. DataError, FileNotFoundError: so for the
         data set or a teacher that can't be had.
-        RunError: a run directory holds another run, before anything is run; or some runs failed,
-            which are named, and all others are finished; or a process was killed.
+        RunError: a run directory holds another run, or the storage can't be used, before anything
+            is run; or some runs failed, which are named, and all others are finished; or workers
+            were killed.
     """
     pairs = list(product(map(get_recipe, recipes), map(check_seed, seeds)))
     if not pairs:
         raise ValueError("nothing to train: give at least one recipe and one seed")
-    for recipe, _ in pairs:
-        check_protocol(recipe, protocol)
-    data = dataset if isinstance(dataset, Data) else load(dataset)
-    runs: dict[str, RunDirectory] = {}
-    waiting: Waiting = {}
-    for recipe, seed in pairs:
-        one = settle(recipe, seed=seed, protocol=protocol, dataset=data, device=device)
-        if one.name in runs:
-            raise ValueError(f"two runs would go into {one.name}: name recipes and seeds only once")
-        run = runs[one.name] = RunDirectory(absolute(folder) / one.name)
-        if run.kept(one.identity) is None:
-            require_teacher(one)
-            waiting[recipe, seed] = run
-        elif progress:
-            print(f"{one.name}  kept: {_outcome(run)}", flush=True)
-    jobs, threads = _share_out(len(runs), one.device, jobs)
-    # Of a name, each process loads the data; this one has no more use for it.
-    source = dataset if isinstance(dataset, Data) else data.name
-    del data, one
-    settings = {"protocol": protocol, "dataset": source, "device": device, "progress": False}
-    failed = _train_in_processes(waiting, jobs, threads, settings, progress) if waiting else {}
-    if failed:
-        reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        raise RunError(f"{len(failed)} of {len(runs)} runs failed, the others are done. {reasons}")
-    return [run.metrics() for run in runs.values()]
+    sweep = _Sweep(protocol, dataset, device, folder, jobs, threads, storage, heartbeat, progress)
+    return sweep.train("", pairs)
 
 
-def _train_in_processes(
-    waiting: Waiting, jobs: int, threads: int, settings: dict[str, Any], progress: bool
-) -> dict[str, BaseException]:
-    """Train all that are waiting; returns what stopped those that failed, by their names."""
-    others = set(multiprocessing.active_children())  # the caller's own
-    failed: dict[str, BaseException] = {}
-    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
-    # A process of its own has the policies as augment.py writes them.
-    begin = threads, dict(augment.POLICIES)
-    with ProcessPoolExecutor(jobs, context, _begin_worker, begin) as pool:
-        futures = {
-            pool.submit(train, recipe, run.path, seed=seed, **settings): run
-            for (recipe, seed), run in waiting.items()
-        }
-        try:
-            epochs = sum(recipe.epochs for recipe, _ in waiting)
-            for future in _ended(futures, epochs, progress):
-                run, error = futures[future], future.exception()
-                if isinstance(error, BrokenProcessPool):  # which ends all others as well
-                    raise RunError(
-                        "a training process was killed, most likely as memory ran out: give "
-                        "fewer JOBS (jobs=); the same command resumes what is unfinished"
-                    ) from error
-                if error is not None:
-                    failed[run.path.name] = error
-                if progress:
-                    how = _outcome(run) if error is None else f"failed: {error}"
-                    print(f"{run.path.name}  {how}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()  # safe at any moment, as run directories are
-            raise
-    return failed
+def train_study(study: str | Path | Study, **options: Any) -> list[dict[str, Any]]:
+    """Train what a study file says, under `val`; what is there is kept, and goes on.
+
+    Args:
+        study: the path of a file, or what `load_study` made of it.
+        options: those of `train_many`; the folder is runs/<name of the file>, unless said.
+
+    Returns:
+        What the metrics.json of each whole run holds, those of the base first; then, of a search,
+        those of the best trial, or of the best ones that were confirmed, with each seed. Only
+        these are evaluated on test.
+
+    Raises:
+        See `load_study` and `train_many`.
+    """
+    study = study if isinstance(study, Study) else load_study(study)
+    folder = absolute(options.pop("folder", None) or f"runs/{study.name}")
+    sweep = _Sweep("val", folder=folder, **options)
+    metrics = sweep.train(study.name, study.runs, study.search)
+    if study.search is not None:
+        metrics += sweep.train(study.name, chosen(study.search, folder), study.search)
+    return metrics
 
 
-def _share_out(runs: int, device: torch.device, jobs: int | None) -> tuple[int, int]:
-    """(processes, threads of each)."""
-    on_cpu = device.type == "cpu"
-    # With a GPU, OMP_NUM_THREADS=1, as clusters set it, shouldn't mean one run at a time.
-    cores = torch.get_num_threads() if on_cpu else _cores()
-    most = cores if on_cpu else min(cores, JOBS_ON_A_GPU)
-    jobs = min(runs, most if jobs is None else check_whole("jobs", jobs, 1, 1024))
-    return jobs, max(1, cores // jobs)
+def chosen(search: Search, folder: Path) -> list[tuple[Recipe, int]]:
+    """Recipe and seed of the best trial in a folder; of a search that is confirmed, of the best.
+
+    By validation accuracy, and with the seeds that confirm them.
+    """
+    best: list[tuple[float, int, Recipe]] = []
+    for file in absolute(folder).glob(f"trial_*-val-seed{search.seed}/metrics.json"):
+        run = RunDirectory(file.parent)
+        recipe = Recipe(**run.config()["recipe"])
+        best.append((-run.metrics()["val_acc"], int(recipe.name.removeprefix("trial_")), recipe))
+    recipes = [recipe for _, _, recipe in sorted(best, key=lambda b: b[:2])]
+    seeds = (search.seed, *search.confirming_seeds)
+    return list(product(recipes[: max(1, search.confirm)], seeds))
+
+
+class _Sweep:
+    """What several calls of `train` share: settings, storage, workers. Arguments: `train_many`."""
+
+    def __init__(
+        self,
+        protocol: str,
+        dataset: str | Data = "auto",
+        device: str = "auto",
+        folder: str | Path = "runs",
+        jobs: int | None = None,
+        threads: int = 1,
+        storage: str | None = None,
+        heartbeat: int = trials.HEARTBEAT,
+        progress: bool = True,
+    ):
+        self.jobs = None if jobs is None else check_whole("jobs", jobs, 1, 1024)
+        self.threads, self.progress = check_whole("threads", threads, 1, 1024), progress
+        self.heartbeat = check_whole("heartbeat", heartbeat, 1, 86_400)
+        self.folder = absolute(folder)
+        self.storage = storage or trials.default_storage(self.folder)
+        self.data = dataset if isinstance(dataset, Data) else load(dataset)
+        # Of a name, each worker loads the data.
+        source = dataset if isinstance(dataset, Data) else self.data.name
+        self.settings: dict[str, Any] = {"protocol": protocol, "dataset": source, "device": device}
+
+    def train(
+        self, name: str, pairs: list[tuple[Recipe, int]], search: Search | None = None
+    ) -> list[dict[str, Any]]:
+        """Train recipes with their seeds, and the trials of a search; the metrics of the former.
+
+        Args:
+            name: in the storage; "" makes one of what is to be trained.
+        """
+        experiments = [self._settled(recipe, seed) for recipe, seed in pairs]
+        runs = [RunDirectory(self.folder / one.name) for one in experiments]
+        for one in experiments:
+            if sum(other.name == one.name for other in experiments) > 1:
+                raise ValueError(
+                    f"two runs would go into {one.name}: name recipes and seeds only once"
+                )
+        waiting = {}
+        for run, one in zip(runs, experiments, strict=True):
+            if run.kept(one.identity) is None or not trials.is_done(run):
+                require_teacher(one)
+                waiting[one.name] = one.recipe, one.seed
+            elif self.progress:
+                print(f"{one.name}  kept: {_outcome(run)}", flush=True)
+        if waiting or search is not None:
+            plan = Plan(
+                url=self.storage,
+                name=name or _digest([one.identity for one in experiments]),
+                folder=self.folder,
+                settings=self.settings,
+                identity={key: experiments[0].identity[key] for key in _OF_ALL_RUNS},
+                search=search,
+                threads=self.threads,
+                heartbeat=self.heartbeat,
+            )
+            trials.queue(plan, waiting)
+            jobs = self.jobs or _most_jobs(experiments[0].device, self.threads)
+            trials.train_queued(plan, jobs, self.progress)
+        return [run.metrics() for run in runs]
+
+    def _settled(self, recipe: Recipe, seed: int) -> Experiment:
+        return settle(recipe, seed, **self.settings | {"dataset": self.data})
+
+
+_OF_ALL_RUNS = ("protocol", "dataset", "limit", "data_sha256")
+
+
+def _digest(identities: list[dict[str, Any]]) -> str:
+    text = json.dumps(identities, sort_keys=True)
+    return f"runs {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _most_jobs(device: torch.device, threads: int) -> int:
+    """One a core, and no more on a GPU than fit."""
+    jobs = max(1, _cores() // threads)
+    return jobs if device.type == "cpu" else min(jobs, JOBS_ON_A_GPU)
 
 
 def _cores() -> int:
@@ -285,40 +430,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _begin_worker(threads: int, policies: dict[str, augment.Policy]) -> None:
-    """A process of our pool, with our policies; gone when the sweep is, `kill -9` included.
-
-    Otherwise its runs would go on unseen, and be locked against the same command given again.
-    """
-    augment.POLICIES.update(policies)
-    import torch._inductor.config  # seconds
-
-    torch.set_num_threads(threads)
-    torch._inductor.config.compile_threads = threads  # by default a compiler for every core
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_the_sweep() -> None:
-        parent.join()
-        os._exit(1)  # safe at any moment, as run directories are
-
-    threading.Thread(target=end_with_the_sweep, daemon=True).start()
-
-
-def _ended(futures: dict[Future, RunDirectory], epochs: int, progress: bool) -> Iterator[Future]:
-    """Yields each future that is done, and draws meanwhile how many epochs of all runs are."""
-    waiting = set(futures)
-    # None: hidden unless on a terminal.
-    with tqdm(total=epochs, unit="epoch", disable=None if progress else True) as bar:
-        while waiting:
-            ended, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
-            bar.clear()
-            yield from ended
-            with suppress(ValueError):  # damaged; a run that goes on writes it again
-                bar.n = sum(len(run.history()) for run in futures.values())
-            bar.refresh()
 
 
 def _outcome(run: RunDirectory) -> str:

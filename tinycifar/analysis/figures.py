@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import optuna
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -37,15 +39,15 @@ from tinycifar.analysis.runs import (
 from tinycifar.analysis.tables import field_table, layer_table, runs_table, study_table
 from tinycifar.checks import check_choice, check_whole
 from tinycifar.costs import receptive_field
-from tinycifar.data import Data, channel_stats
+from tinycifar.data import Data, channel_stats, title
 from tinycifar.recipes import Recipe
 from tinycifar.weights import load_pretrained
 
 __all__ = [
-    "plot_accuracy_vs_cost", "plot_augmentations", "plot_class_counts", "plot_confusion",
-    "plot_costs", "plot_effective_receptive_field", "plot_history", "plot_mistakes",
-    "plot_per_class", "plot_receptive_field", "plot_reliability", "plot_samples", "plot_start",
-    "plot_study",
+    "SEARCH_FIGURES", "plot_accuracy_vs_cost", "plot_augmentations", "plot_class_counts",
+    "plot_confusion", "plot_costs", "plot_effective_receptive_field", "plot_history",
+    "plot_mistakes", "plot_per_class", "plot_receptive_field", "plot_reliability", "plot_samples",
+    "plot_search", "plot_start", "plot_study",
 ]  # fmt: skip
 
 Arguments = ParamSpec("Arguments")
@@ -421,6 +423,48 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     )
     epochs = counted(table.attrs["epochs"], "epoch")
     return _titled(figure, f"{title} · {epochs} · {table.attrs['data']}")
+
+
+SEARCH_FIGURES = {
+    "history": "plot_optimization_history",
+    "epochs": "plot_intermediate_values",
+    "importances": "plot_param_importances",
+    "slices": "plot_slice",
+}
+
+
+@_styled
+def plot_search(search: optuna.Study, what: str = "history") -> Figure:
+    """One of Optuna's figures of a search; see `load_search`.
+
+    Args:
+        what: "history", the validation accuracy of each trial and the best so far; "epochs", that
+            of each trial by epoch; "importances", what share each parameter has in the differences
+            (PED-ANOVA: Watanabe et al., 2023, arXiv:2304.10255); "slices", it against each
+            parameter.
+
+    Raises:
+        ValueError: another figure, or fewer than two trials that trained to their end.
+    """
+    check_choice("figure", what, SEARCH_FIGURES)
+    complete = search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    if len(complete) < 2:
+        raise ValueError("a figure of a search needs two trials that trained to their end")
+    draw = getattr(optuna.visualization.matplotlib, SEARCH_FIGURES[what])
+    named = {} if what == "epochs" else {"target_name": "validation accuracy, %"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that importances rest on few trials
+        axes = np.atleast_1d(draw(search, **named))
+    figure = axes[0].figure
+    if what == "epochs":
+        axes[0].get_legend().remove()  # a line for each trial
+        axes[0].set(xlabel="epoch", ylabel="validation accuracy, %")
+        axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for side in ("left", "center"):
+        axes[0].set_title("", loc=side)  # the figure's says it
+    made_for = search.user_attrs["made_for"]
+    data = title(made_for["dataset"], made_for["limit"])
+    return _titled(figure, f"Search `{search.study_name}`: {what} · {data}")
 
 
 @_styled

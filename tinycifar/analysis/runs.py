@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -11,25 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 import torch
 
 import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar import data as datasets
-from tinycifar import optim
+from tinycifar import optim, trials
 from tinycifar.analysis.measures import check_predictions
 from tinycifar.data import Data, DataSplits, Stats
 from tinycifar.evaluation import log_probabilities
 from tinycifar.paths import RESULTS, absolute
 from tinycifar.recipes import RECIPES, Recipe
 from tinycifar.run_directory import HISTORY_COLUMNS, RunDirectory, find_run
-from tinycifar.studies import load_study
+from tinycifar.studies import Study, chosen, load_study
 from tinycifar.weights import load_pretrained
 
 __all__ = [
-    "Predictions", "Run", "find_runs", "load_run", "load_runs", "predictions",
-    "published_code_run", "published_networks", "published_run", "published_study",
+    "Predictions", "Run", "find_runs", "load_run", "load_runs", "load_search", "predictions",
+    "published_code_run", "published_networks", "published_run", "published_study", "study_runs",
 ]  # fmt: skip
 
 
@@ -165,6 +167,59 @@ def load_runs(runs: Iterable[str | PathLike[str]]) -> list[Run]:
     return [load_run(run) for run in runs]
 
 
+def study_runs(study: Study, folder: str | PathLike[str]) -> list[Run]:
+    """What is compared of a study's runs in a folder: base, variations, the best of its search.
+
+    Of trials that were confirmed with other seeds, the seed that they were chosen by is left out:
+    it was the highest of many, partly by luck.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    names = {recipe.name for recipe in study.recipes}
+    if study.search is None:
+        return [run for run in find_runs(folder) if run.recipe["name"] in names]
+    confirm = study.search.confirm
+    best = [(r.name, s) for r, s in chosen(study.search, Path(folder))]
+    best = [(name, seed) for name, seed in best if not confirm or seed != study.search.seed]
+    found = ((run, (run.recipe["name"], run.config["seed"])) for run in find_runs(folder))
+    return [run for run, key in found if key[0] in names or key in best]
+
+
+def load_search(
+    study: str | PathLike[str] | Study,
+    folder: str | PathLike[str] | None = None,
+    storage: str | None = None,
+) -> optuna.Study:
+    """The search of a study, as Optuna has it.
+
+    Args:
+        study: the path of a study file, or what `load_study` made of it.
+        folder: that of its runs; None: runs/<name of the file>.
+        storage: the URL of its database; None: TINYCIFAR_STORAGE, else SQLite's in the folder.
+            (A notebook is no place for a password.)
+
+    Raises:
+        FileNotFoundError: it isn't there. ValueError: the study has no search.
+        RunError: the storage can't be used.
+    """
+    study = study if isinstance(study, Study) else load_study(Path(study))
+    if study.search is None:
+        raise ValueError(f"the study {study.name!r} has no search")
+    file = absolute(folder or f"runs/{study.name}") / trials.DATABASE
+    storage = storage or os.environ.get("TINYCIFAR_STORAGE") or None
+    if storage is None and not file.is_file():
+        raise FileNotFoundError(f"no search at {file}: begin it with make sweep STUDY=...")
+    url = storage or f"sqlite:///file:{file}?mode=ro&uri=true"
+    with trials.reachable(url):
+        try:
+            return optuna.load_study(study_name=study.name, storage=trials.connect(url))
+        except KeyError as error:
+            raise FileNotFoundError(
+                f"no search called {study.name!r} in {trials.shown_url(url)}"
+            ) from error
+
+
 def find_runs(parent: str | PathLike[str]) -> list[Run]:
     """All run directories directly below `parent`, sorted by name; there may be none.
 
@@ -262,7 +317,8 @@ def published_study(name: str) -> list[Run]:
         raise FileNotFoundError(f"the study {name!r} isn't published: no folder {own}")
     elsewhere = sorted(f for f in own.parent.iterdir() if f.is_dir() and f != own)
     found = []
-    for run in chain.from_iterable(map(find_runs, [RESULTS, *elsewhere, own])):
+    ours = study_runs(study, own) if study.search else find_runs(own)
+    for run in chain(*map(find_runs, [RESULTS, *elsewhere]), ours):
         same = [recipe for recipe in recipes if run.recipe | {"name": recipe["name"]} == recipe]
         if same and run.protocol == "val" and run.config["seed"] in study.seeds:
             found.append(replace(run, config=run.config | {"recipe": same[0]}))

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 from torch import nn
 
@@ -20,14 +21,16 @@ from tinycifar.analysis.measures import confusion_matrix, gains, normalised_mome
 from tinycifar.analysis.runs import Predictions, Run, as_list, counted, published_run
 from tinycifar.checks import check_whole
 from tinycifar.costs import layer_costs, receptive_field
-from tinycifar.data import Data, channel_stats
+from tinycifar.data import Data, channel_stats, title
 from tinycifar.evaluation import evaluate
 from tinycifar.recipes import Recipe
+from tinycifar.trials import latest
 from tinycifar.weights import load_pretrained
 
 __all__ = [
     "batch_check", "choice_table", "confusion_table", "dilation_table", "drops_table",
     "field_table", "fit_table", "layer_table", "metrics_table", "recipes_table", "runs_table",
+    "search_table",
     "separable_table", "start_table", "study_table",
 ]  # fmt: skip
 
@@ -252,7 +255,30 @@ def _changes(base: Run, run: Run) -> str:
     """The fields of a recipe that differ from the base's, one retired since among them."""
     was, now = base.recipe, run.recipe
     names = [name for name in {**was, **now} if name != "name" and was.get(name) != now.get(name)]
-    return ", ".join(f"{name}={now.get(name, 'default')}" for name in names)
+    values = ((name, now.get(name, "default")) for name in names)
+    return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values)
+
+
+def search_table(search: optuna.Study) -> pd.DataFrame:
+    """What became of the trials of a search, a row for each outcome; see `load_search`.
+
+    Returns:
+        outcome, trials (how many), epochs (that they trained together), val_acc (the highest, of
+        pruned ones the last before they were stopped). attrs: note.
+    """
+    trials = latest(search).values()
+    rows = [(t.state.name.lower(), len(t.intermediate_values), t.value) for t in trials]
+    each = pd.DataFrame(rows, columns=["outcome", "epochs", "val_acc"]).astype({"val_acc": float})
+    table = each.groupby("outcome", as_index=False).agg(
+        trials=("epochs", "size"), epochs=("epochs", "sum"), val_acc=("val_acc", "max")
+    )
+    made_for = search.user_attrs["made_for"]
+    most = getattr(made_for["search"].get("epochs"), "high", made_for["base"]["epochs"]) * len(each)
+    return _noted(
+        table,
+        f"{title(made_for['dataset'], made_for['limit'])}. Epochs trained: {each['epochs'].sum()} "
+        f"of the {most} that all trials in full would have taken.",
+    )
 
 
 def choice_table(runs: Run | Iterable[Run]) -> pd.DataFrame:
@@ -360,8 +386,10 @@ def fit_table(run: Run, data: Data) -> pd.DataFrame:
     ]
     if run.selects_on != "validation":
         del rows[2]
-    gap = accuracy - metrics["test_acc"]
-    note = f"Plain training images less test images: {gap:+.2f} points."
+    note = "The test set was left alone."
+    if metrics["test_acc"] is not None:
+        gap = accuracy - metrics["test_acc"]
+        note = f"Plain training images less test images: {gap:+.2f} points."
     return _noted(pd.DataFrame(rows, columns=["part", "n_images", "accuracy", "loss"]), note)
 
 
