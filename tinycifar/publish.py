@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from tinycifar import analysis, card, export
 from tinycifar.analysis import Run, markdown
-from tinycifar.data import Data, load
+from tinycifar.data import Data, load, title
 from tinycifar.evaluation import evaluate
 from tinycifar.paths import CHECKOUT, RESULTS, shown
 from tinycifar.recipes import RECIPES
@@ -38,6 +38,7 @@ _MARKS = (
 )
 _OPENING = re.compile(r"<!--(?:v .+?| [\w-]+ )-->")
 BENCHMARK = _ROOT / "benchmarks" / "cpu.json"
+PRUNING, OVERHEAD = (BENCHMARK.with_name(f"{n}.json") for n in ("pruning", "queue_overhead"))
 INFERENCE = _ROOT / "benchmarks" / "inference.json"
 INT8 = _ROOT / "benchmarks" / "int8.json"
 EXPORTED = RESULTS / "export" / "export.json"
@@ -126,6 +127,8 @@ def _tables(runs: list[Run], studies: Studies) -> dict[str, str]:
         "int8": _int8_table(),
         "inference": inference_table(_read(INFERENCE)),
         "export": export.table(_read(EXPORTED)) + "\n",
+        "pruning": markdown(pruning_table(_read(PRUNING))),
+        "overhead": markdown(overhead_table(_read(OVERHEAD))),
     }
 
 
@@ -302,6 +305,47 @@ def inference_table(result: Mapping[str, Any]) -> str:
         "{rounds} rounds in turns, {date}."
     ).format_map({**result["machine"], **result, "vnni": vnni, "versions": versions})
     return markdown(frame)
+
+
+def pruning_table(result: Mapping[str, Any]) -> pd.DataFrame:
+    """What pruning saves, by search and sampler: of what benchmarks/pruning.py wrote as JSON."""
+    frame = pd.DataFrame(result["rows"])
+    rows = []
+    for (study, seed), pair in frame.groupby(["study", "seed"]):
+        full, pruned = (pair[(pair["prune"] == "none") == none].iloc[0] for none in (True, False))
+        share = f"{100 * pruned['epochs'] / full['epochs']:.0f} %"
+        rows.append(
+            {
+                "search": f"[{study}](../studies/{study}.yaml)",
+                "sampler's seed": str(seed),
+                "pruned": f"{pruned['pruned']} of {pruned['trials']}",
+                "epochs": f"{pruned['epochs']} instead of {full['epochs']}: {share}",
+                "best": f"{pruned['best']:.1f} instead of {full['best']:.1f} %",
+            }
+        )
+    table = pd.DataFrame(rows, dtype="str")
+    table.attrs["note"] = (
+        f"{title('cifar10', result['limit'])}, with Hyperband and without pruning, each search by "
+        f"one worker; best: validation accuracy; {result['date']}."
+    )
+    return table
+
+
+def overhead_table(result: Mapping[str, Any]) -> pd.DataFrame:
+    """What the queue costs: of what benchmarks/queue_overhead.py wrote as JSON."""
+    frame = pd.DataFrame(result["rows"])
+    frame["milliseconds"] = (1000 * frame["training"]).map("{:,.0f}".format)
+    table = frame.pivot_table(
+        index=["trials", "workers"], columns="database", values="milliseconds", aggfunc="first"
+    )
+    table = table.sort_index().reset_index().rename_axis(None, axis=1)
+    table.attrs["note"] = (
+        "Milliseconds for each trial that does nothing, of the first 50 that were taken, with so "
+        "many queued: Optuna reads all that wait to take one. Server and workers on one machine of "
+        f"{result['cores']} cores that did other work as well; optuna {result['optuna']}, "
+        f"{result['date']}."
+    )
+    return table
 
 
 # --------------------------------------------------------------------------------------- figures

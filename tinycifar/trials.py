@@ -59,7 +59,7 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {  # by the most epochs of a trial
     # A quarter goes on at each rung: its authors suggest a third or a quarter (arXiv:1603.06560).
     "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(1, epochs, 4),
-    "median": lambda epochs: optuna.pruners.MedianPruner(),
+    "median": lambda epochs: optuna.pruners.MedianPruner(n_warmup_steps=epochs // 3),
     "none": lambda epochs: optuna.pruners.NopPruner(),
 }
 
