@@ -73,15 +73,22 @@ tour: env ## the guided tour, headless: the whole workflow in one notebook
 lab: env ## open the notebooks in JupyterLab (LAB="--no-browser" for its own options)
 	@exec $(PY) -m jupyter lab --notebook-dir . $(LAB) notebooks/tuning_CNN_CIFAR10.ipynb
 
+comma := ,
+# What a target would ignore, it refuses: otherwise the answer is another network's.
+define refuse
+$(foreach name,$(filter $(1),$(ON_THE_COMMAND_LINE)),$(error make $@ takes no $(name): it takes $(2)))
+endef
+
 predict: env ## classify an image: make predict IMAGE=cat.jpg
+	$(call refuse,RECIPE SEED PROTOCOL PARAMS FORCE,IMAGE and RUN or ONNX; CSV)
 	@$(TINYCIFAR) predict
 
 export: env ## write a run's network as ONNX, in float and int8, and measure both (RUN=tuned TO=runs/export)
+	$(call refuse,RECIPE SEED PROTOCOL PARAMS FORCE DATASET FOLDER,RUN and TO)
 	@$(TINYCIFAR) export
 
 sweep: env ## train RECIPES with SEEDS, or a STUDY (variations, or a search), several runs at once
-	$(foreach name,$(filter SEED PARAMS FORCE RUN,$(ON_THE_COMMAND_LINE)),$(error make sweep takes no \
-		$(name): give STUDY, or RECIPES, SEEDS and PROTOCOL; JOBS, FOLDER, DATASET, DEVICE))
+	$(call refuse,SEED PARAMS FORCE RUN,STUDY$(comma) or RECIPES and SEEDS; PROTOCOL JOBS FOLDER DATASET DEVICE)
 	@$(TINYCIFAR) sweep
 
 # A sweep of one recipe may call it RECIPE.

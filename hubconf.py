@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
+from tinycifar.checks import check_flag
 from tinycifar.weights import load_pretrained
 
 dependencies = ["torch", "numpy", "PIL", "filelock"]
@@ -24,8 +25,9 @@ def net_cifar10_tiny(
         options: of a new network, see `NetCIFAR10_Tiny`.
 
     Raises:
-        ValueError: options of a pretrained network, or a run of a new one.
+        ValueError: options of a pretrained network, or a run of a new one; pretrained isn't a flag.
     """
+    check_flag("pretrained", pretrained)
     if not pretrained:
         if run is not None:
             raise ValueError(f"a new network has no run: say pretrained=True, or leave out {run!r}")

@@ -143,6 +143,10 @@ def test_without_its_images_there_is_a_float_file_alone(runs, tiny, tmp_path, mo
 
     monkeypatch.setattr(exporting, "load", load)
     (tmp_path / INT8).write_bytes(b"of another run")
+    with pytest.raises(RunError, match=r"net-int8\.onnx is there already, and without the images"):
+        export(run, tmp_path)
+    assert (tmp_path / INT8).read_bytes() == b"of another run" and not (tmp_path / NET).exists()
+    (tmp_path / INT8).unlink()
     result = export(run, tmp_path)
     (row,) = result["files"]
     assert row["percent"] == metrics["test_acc"]
@@ -150,7 +154,8 @@ def test_without_its_images_there_is_a_float_file_alone(runs, tiny, tmp_path, mo
         json.loads(metadata(tmp_path / NET)["accuracy"])["measured"] == "by torch, see metrics.json"
     )
     assert result["compared_on"] == tiny.title
-    assert not (tmp_path / INT8).exists(), "which would pass for this run's"
+    assert not (tmp_path / INT8).exists()
+    assert f"{row['percent']:.2f} (torch)" in exporting.table(result)
     assert (
         "set CIFAR10_ROOT" in (said := capsys.readouterr().out) and f"{INT8} isn't written" in said
     )

@@ -26,3 +26,5 @@ def test_options_that_exclude_each_other():
         load(pretrained=True, width=2.0)
     with pytest.raises(ValueError, match="say pretrained=True"):
         load(run="baseline")
+    with pytest.raises(ValueError, match="pretrained must be"):
+        load(pretrained="sprint")

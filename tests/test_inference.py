@@ -159,3 +159,8 @@ def test_what_is_missing_or_contradicts_is_said(folder, capsys, monkeypatch, tmp
     assert "no images in" in fails([tmp_path / "none", "--onnx", NET], capsys)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install onnxruntime" in fails([folder / "g.png", "--onnx", NET], capsys)
+
+
+def test_an_empty_name_is_not_the_working_folder():
+    with pytest.raises(ValueError, match="the name of an image is empty"):
+        image_files("")

@@ -276,8 +276,8 @@ def test_a_target_is_one_call(make, target, verb):
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_arrive_as_they_are(make, tmp_path, name):
     settings = dict.fromkeys(("IMAGE", "RUN", "RECIPE", "STUDY"), name)
-    assert make("predict", *map("=".join, settings.items()))[1] == settings
-    assert make("predict", **settings)[1] == settings
+    assert make("run-notebook", *map("=".join, settings.items()))[1] == settings
+    assert make("run-notebook", **settings)[1] == settings
     assert not Path(tmp_path, "carried_out").exists()
 
 
@@ -294,8 +294,14 @@ def test_settings_of_a_run(make):
 def test_a_sweep_refuses_what_it_cannot_use(make):
     assert make("sweep", "RECIPE=tuned", "JOBS=2")[1]["RECIPES"] == "tuned"
     assert make("sweep", "RECIPE=tuned", "RECIPES=quick sprint")[1]["RECIPES"] == "quick sprint"
-    with pytest.raises(RuntimeError, match="make sweep takes no SEED: give STUDY, or RECIPES"):
+    with pytest.raises(RuntimeError, match="make sweep takes no SEED: it takes STUDY, or RECIPES"):
         make("sweep", "SEED=1")
+
+
+@pytest.mark.parametrize("target", ["predict", "export"])
+def test_a_setting_that_would_be_ignored_is_refused(make, target):
+    with pytest.raises(RuntimeError, match=f"make {target} takes no RECIPE: it takes .*RUN"):
+        make(target, "RECIPE=sprint")
 
 
 def test_the_pins_agree():

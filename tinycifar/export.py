@@ -80,8 +80,9 @@ def export(
 
     Raises:
         FileNotFoundError: no such run. RunError: it isn't finished; the float file's answers aren't
-        torch's. ImportError: what is needed beside torch isn't installed. OSError: the folder can't
-        be written. ValueError: the run's files can't be used, or the images aren't 32 x 32.
+        torch's; or the folder has an int8 file, and the images for another aren't here.
+        ImportError: what is needed beside torch isn't installed. OSError: the folder can't be
+        written. ValueError: the run's files can't be used, or the images aren't 32 x 32.
     """
     ort = _needed()
     source, int8_source = _sources(RunDirectory(find_run(run)))
@@ -90,6 +91,12 @@ def export(
     network = load_network(source)
     data = dataset or _data_of(config)
     own = data.checksum == config["data_sha256"]
+    if not own and (into / FILES[1]).exists():
+        raise RunError(
+            f"{shown(into / FILES[1])} is there already, and without the images of "
+            f"{config['dataset']} none can be made to go with a new float file: name another "
+            "folder, or bring the images"
+        )
     images, labels, stats = data.test_images, data.test_labels, Stats(network.mean, network.std)
 
     models = {FILES[0]: onnx_model(folded(network))}
@@ -117,8 +124,6 @@ def export(
         row |= {"bytes": len(content), "microseconds": times[name]}
         rows.append(row | {"sha256": hashlib.sha256(content).hexdigest()})
         write_file(into / name, content)
-    if not own:
-        (into / FILES[1]).unlink(missing_ok=True)  # another run's
     result = {
         "compared_on": data.title,
         "opset": OPSET,
@@ -142,7 +147,8 @@ def table(result: Mapping[str, Any]) -> str:
         {
             "file": row["file"],
             "run": row["run"],
-            "test accuracy, %": f"{row['percent']:.2f}",
+            "test accuracy, %": f"{row['percent']:.2f}"
+            + " by torch" * ("torch" in row["measured"]),
             "as float, %": f"{row['agreement']:.2f}",
             "bytes": f"{row['bytes']:,}",
             **{f"µs an image, batch {n}": f"{us:.0f}" for n, us in row["microseconds"].items()},

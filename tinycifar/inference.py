@@ -111,8 +111,10 @@ def image_files(*names: str | os.PathLike[str]) -> list[Path]:
     """The files named, and all images below the folders named (by their suffix), in order.
 
     Raises:
-        FileNotFoundError: a folder holds none.
+        FileNotFoundError: a folder holds none. ValueError: a name is empty.
     """
+    if "" in names:  # which a path takes for the working folder
+        raise ValueError("the name of an image is empty: give a file or a folder")
     files: list[Path] = []
     for path in map(Path, names):
         found = [path]
