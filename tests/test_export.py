@@ -155,7 +155,7 @@ def test_without_its_images_there_is_a_float_file_alone(runs, tiny, tmp_path, mo
     )
     assert result["compared_on"] == tiny.title
     assert not (tmp_path / INT8).exists()
-    assert f"{row['percent']:.2f} (torch)" in exporting.table(result)
+    assert f"{row['percent']:.2f} by torch" in exporting.table(result)
     assert (
         "set CIFAR10_ROOT" in (said := capsys.readouterr().out) and f"{INT8} isn't written" in said
     )
