@@ -132,8 +132,9 @@ def test_adamw_beside_muon_takes_the_rest_and_all_weights_shrink_equally_fast():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * 0.1), msg=name)
 
 
-def test_dirac_adds_the_identity_to_depthwise_filters_alone():
-    plain, passing = NetCIFAR10_Tiny(), NetCIFAR10_Tiny()
+@pytest.mark.parametrize("make", [NetCIFAR10_Tiny, lambda: BlueprintNet(layout="4 8k1 8k5 8k7d2")])
+def test_dirac_adds_the_identity_to_depthwise_filters_alone(make):
+    plain, passing = make(), make()
     passing.load_state_dict(plain.state_dict())
     optim.dirac(passing)
     for (name, before), after in zip(plain.named_parameters(), passing.parameters(), strict=True):

@@ -98,7 +98,8 @@ def dirac(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and is_depthwise(module):
             with torch.no_grad():
-                module.weight[:, :, 1, 1] += 1
+                middle = module.kernel_size[0] // 2
+                module.weight[:, :, middle, middle] += 1
 
 
 def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
