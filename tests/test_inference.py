@@ -153,6 +153,8 @@ def fails(arguments, capsys):
 def test_what_is_missing_or_contradicts_is_said(folder, capsys, monkeypatch, tmp_path):
     said = fails([folder / "g.png", "--csv", folder / "h.bmp"], capsys)
     assert "--csv must end in .csv" in said  # or an image would be lost
+    gone = tmp_path / "gone" / "table.csv"
+    assert f"make it first: {gone}" in fails([folder / "g.png", "--csv", gone], capsys)
     assert "not both" in fails([folder / "g.png", "--onnx", NET, "--run", "quick"], capsys)
     assert "no image at" in fails([tmp_path / "gone.png", "--onnx", NET], capsys)
     (tmp_path / "none").mkdir()
@@ -164,3 +166,20 @@ def test_what_is_missing_or_contradicts_is_said(folder, capsys, monkeypatch, tmp
 def test_an_empty_name_is_not_the_working_folder():
     with pytest.raises(ValueError, match="the name of an image is empty"):
         image_files("")
+
+
+def test_what_is_hidden_in_a_folder_is_left_out(tmp_path):
+    for name in ("cat.png", "._cat.png", ".thumbnails/cat.png", "more/dog.JPG"):
+        file = tmp_path / ".here" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    found = image_files(tmp_path / ".here")
+    assert [str(file.relative_to(tmp_path / ".here")) for file in found] == [
+        "cat.png",
+        "more/dog.JPG",
+    ]
+
+
+def test_a_single_name_is_not_taken_letter_by_letter(network):
+    with pytest.raises(TypeError, match=r"a list of files, of one too: \['cat.png'\]"):
+        next(classify("cat.png", network))

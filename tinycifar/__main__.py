@@ -210,6 +210,8 @@ def predict(
     check_whole("top", top, 1)
     if csv and not csv.lower().endswith(".csv"):
         raise ValueError(f"the file of --csv must end in .csv; got {csv}")
+    if csv and not Path(csv).parent.is_dir():
+        raise FileNotFoundError(f"the folder of --csv isn't there, make it first: {csv}")
     if run and onnx:
         raise ValueError("give --run or --onnx, not both: a file of make export holds its weights")
     from tinycifar import inference

@@ -110,6 +110,8 @@ def likeliest(
 def image_files(*names: str | os.PathLike[str]) -> list[Path]:
     """The files named, and all images below the folders named (by their suffix), in order.
 
+    What is hidden in a folder, by a dot at its name's beginning, is left out.
+
     Raises:
         FileNotFoundError: a folder holds none. ValueError: a name is empty.
     """
@@ -119,11 +121,16 @@ def image_files(*names: str | os.PathLike[str]) -> list[Path]:
     for path in map(Path, names):
         found = [path]
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = sorted(file for file in path.rglob("*") if _is_image(file.relative_to(path)))
             if not found:
                 raise FileNotFoundError(f"no images in {path}: looked for {', '.join(SUFFIXES)}")
         files += found
     return files
+
+
+def _is_image(file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.parts)
+    return file.suffix.lower() in SUFFIXES and not hidden
 
 
 def classify(
@@ -133,7 +140,12 @@ def classify(
 
     Images are read by `images.read_image` in several threads, and classified in batches: memory
     doesn't grow with their number.
+
+    Raises:
+        TypeError: a single name instead of several.
     """
+    if isinstance(files, str | os.PathLike):
+        raise TypeError(f"classify takes a list of files, of one too: [{os.fspath(files)!r}]")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
