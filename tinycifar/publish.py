@@ -341,8 +341,8 @@ def overhead_table(result: Mapping[str, Any]) -> pd.DataFrame:
     table = table.sort_index().reset_index().rename_axis(None, axis=1)
     table.attrs["note"] = (
         "Milliseconds for each trial that does nothing, of the first 50 that were taken, with so "
-        "many queued: Optuna reads all that wait to take one. Server and workers on one machine of "
-        f"{result['cores']} cores that did other work as well; optuna {result['optuna']}, "
+        "many queued: Optuna reads all that wait to take one. Server and workers share one machine "
+        f"of {result['cores']} cores; optuna {result['optuna']}, "
         f"{result['date']}."
     )
     return table
