@@ -72,11 +72,11 @@ def test_convolutions_used_twice_are_two_blocks_that_share_them():
     assert torch.equal(twice(x), second(first(x)))
     net = BlueprintNet(layout="4 4x3")
     once = BlueprintNet(layout="4 4")
-    more = [sum(row.macs for row in layer_costs(n)) for n in (net, once)]
-    assert more[0] - more[1] == 2 * (4 * 4 + 9 * 4) * 32 * 32
-    assert sum(p.numel() for p in net.parameters()) - sum(
-        p.numel() for p in once.parameters()
-    ) == 2 * (4 + 4)
+    more, less = layer_costs(net), layer_costs(once)
+    extra = sum(row.macs for row in more) - sum(row.macs for row in less)
+    assert extra == 2 * (4 * 4 + 9 * 4) * 32 * 32
+    assert sum(row.params for row in more) == sum(p.numel() for p in net.parameters())
+    assert sum(row.params for row in more) - sum(row.params for row in less) == 2 * (4 + 4)
     with pytest.raises(ValueError, match="only a layer that keeps the shape can be used several"):
         BlueprintNet(layout="4 8x2")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's price: trainable parameters, and multiply-adds for one image."""
+    """One call of a layer: its trainable parameters, and its multiply-adds for one image."""
 
     name: str
     kind: str
@@ -38,14 +38,16 @@ def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
     """Parameters and multiply-adds of each convolution and BatchNorm, on (3, size, size) images.
 
     Multiply-adds are counted in the convolutions alone, as is usual: in inference a BatchNorm
-    folds into the convolution before it.
+    folds into the convolution before it. A layer that is called several times has as many rows, the
+    first of them with its parameters.
 
     Raises:
         ValueError: a layer isn't called as a module, as those of a fused network.
     """
-    rows = []
+    rows: list[LayerCost] = []
     for name, module, out in _trace(model, size):
-        params = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        again = any(row.name == name for row in rows)
+        params = sum(p.numel() for p in module.parameters() if p.requires_grad and not again)
         macs = 0
         if isinstance(module, nn.Conv2d):
             macs = module.weight.numel() * out.shape[-2] * out.shape[-1]
