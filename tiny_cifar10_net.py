@@ -119,15 +119,20 @@ def folded(model: nn.Module) -> Any:
 
     Args:
         model: each of its BatchNorms takes what the convolution registered before it gives, as in
-            the networks here.
+            the networks here. A block whose convolutions are followed by one BatchNorm after
+            another has a method `unrolled`, as that of tinycifar.networks.
 
     Raises:
-        ValueError: the model is in training mode, where BatchNorm depends on the batch; or a
-            convolution has a bias, or several BatchNorms.
+        ValueError: the model is in training mode, where BatchNorm depends on the batch.
     """
     if model.training:
         raise ValueError("fuse takes a network in eval mode: call model.eval() first")
     model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            unrolled: Any = getattr(child, "unrolled", None)
+            if unrolled is not None:
+                setattr(parent, name, unrolled())
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d):

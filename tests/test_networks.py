@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
 from tinycifar.costs import layer_costs
@@ -102,12 +103,19 @@ def test_options_and_inputs_that_cant_be_are_named():
         BlueprintNet(layout="4 4")(torch.zeros(3, 32, 32))
 
 
+@pytest.mark.parametrize("attention", ["none", "eca"])
 @pytest.mark.parametrize("skips", ["none", "same", "all"])
-def test_it_can_be_fused(skips):
-    net = BlueprintNet(7, layout="4 8s2 8d2", skips=skips, activation="silu")
+def test_it_can_be_fused(skips, attention):
+    options = {"skips": skips, "activation": "silu", "attention": attention}
+    net = BlueprintNet(7, layout="4 8s2 8d2 8x3 8k5x2", **options)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
     net(torch.randn(16, 3, 16, 16))
     x = torch.randn(2, 3, 13, 18)
     fused = fuse(net.eval())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     torch.testing.assert_close(fused(x), net(x), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"\(N, 3, H, W\); got \(3, 32, 32\)"):
         fused(torch.zeros(3, 32, 32))

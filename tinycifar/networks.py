@@ -12,6 +12,7 @@ own (as in ThriftyNet: Coiffier et al., 2020, arXiv:2007.10106).
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any, NamedTuple
 
@@ -90,6 +91,15 @@ class BlueprintBlock(nn.Module):
         for bn in (self.bn, *self.more_bns):
             x = self.once(x, bn)
         return x
+
+    def unrolled(self) -> nn.Module:
+        """The same function, by blocks that each use convolutions of their own once."""
+        if not self.more_bns:
+            return self
+        blocks = nn.Sequential(*(copy.deepcopy(self) for _ in (self.bn, *self.more_bns)))
+        for block, bn in zip(blocks, (self.bn, *self.more_bns), strict=True):
+            block.bn, block.more_bns = copy.deepcopy(bn), nn.ModuleList()
+        return blocks
 
     def once(self, x: Tensor, bn: nn.Module) -> Tensor:
         y = self.attention(self.act(bn(self.dw(self.pw(x)))))
