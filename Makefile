@@ -43,6 +43,7 @@ help: ## this list
 	@echo "  make sweep instead takes RECIPES (quick) and SEEDS (0 1 2), or STUDY, a file as in studies/;"
 	@echo "    JOBS, how many at once (one a core), and FOLDER, where to (runs, or runs/<study>); STORAGE,"
 	@echo "    a database's URL, and the same command on other machines: docs/searches.md"
+	@echo "  All settings: docs/command-line.md"
 	@echo "    CIFAR10_ROOT  the folder that holds cifar-10-batches-py (./data)"
 
 env: $(VENV)/.ready ## build the environment in .venv (the other targets do it by themselves)
@@ -88,7 +89,7 @@ export: env ## write a run's network as ONNX, in float and int8, and measure bot
 	@$(TINYCIFAR) export
 
 sweep: env ## train RECIPES with SEEDS, or a STUDY (variations, or a search), several runs at once
-	$(call refuse,SEED PARAMS FORCE RUN,STUDY$(comma) or RECIPES and SEEDS; PROTOCOL JOBS FOLDER DATASET DEVICE)
+	$(call refuse,SEED PARAMS FORCE RUN,STUDY$(comma) or RECIPES and SEEDS; PROTOCOL JOBS FOLDER DATASET DEVICE STORAGE THREADS HEARTBEAT)
 	@$(TINYCIFAR) sweep
 
 # A sweep of one recipe may call it RECIPE.
@@ -118,7 +119,7 @@ demo/node_modules/.package-lock.json: demo/package.json demo/package-lock.json
 bench: env ## speed beside the reference's loop, into benchmarks/ (about ten minutes; keep the machine quiet)
 	@exec $(PY) benchmarks/bench.py $(BENCH)
 
-results: env ## rebuild the tables and curves of results/ from its run directories
+results: env ## rebuild the tables, numbers and figures of README, docs/ and results/
 	@$(TINYCIFAR) publish
 
 card: env ## measure what results/MODEL_CARD.md says of the default weights (needs CIFAR-10)

@@ -92,7 +92,8 @@ class Search:
     @property
     def epochs(self) -> int:
         """The most that a trial trains."""
-        return getattr(self.ranges.get("epochs"), "high", self.base.epochs)
+        d: Any = self.ranges.get("epochs")
+        return self.base.epochs if d is None else max(getattr(d, "choices", None) or (d.high,))
 
     @property
     def confirming_seeds(self) -> tuple[int, ...]:

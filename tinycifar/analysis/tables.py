@@ -73,7 +73,7 @@ def _used(recipe: Recipe) -> dict[str, Any]:
         "plateau_factor plateau_patience": recipe.schedule != "plateau",
         "grow": recipe.start_side == 32,
         "teaching temperature": recipe.teacher is None,
-        "skips activation": recipe.network == "tiny",
+        "skips activation attention": recipe.network == "tiny",
         "dilated separable width": recipe.network != "tiny",
     }
     without = " ".join(names for names, is_unused in unused.items() if is_unused).split()
@@ -273,7 +273,8 @@ def search_table(search: optuna.Study) -> pd.DataFrame:
         trials=("epochs", "size"), epochs=("epochs", "sum"), val_acc=("val_acc", "max")
     )
     made_for = search.user_attrs["made_for"]
-    most = getattr(made_for["search"].get("epochs"), "high", made_for["base"]["epochs"]) * len(each)
+    ends = made_for["search"].get("epochs", {})
+    most = max(ends.get("choices") or [ends.get("high", made_for["base"]["epochs"])]) * len(each)
     return _noted(
         table,
         f"{title(made_for['dataset'], made_for['limit'])}. Epochs trained: {each['epochs'].sum()} "
