@@ -33,18 +33,6 @@ if TYPE_CHECKING:
     import albumentations
     from torchvision.transforms import v2
 
-__all__ = [
-    "BORDERS",
-    "BUILDS",
-    "POLICIES",
-    "Batched",
-    "Policy",
-    "albumentations_transform",
-    "get_policy",
-    "per_sample",
-    "torchvision_transform",
-]
-
 BUILDS = ("batched", "albumentations", "torchvision")
 BORDERS = ("reflect_101", "constant")
 

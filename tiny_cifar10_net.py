@@ -19,8 +19,6 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-__all__ = ["FusedNet", "NetCIFAR10_Tiny", "SeparableConv", "conv_block", "folded", "fuse"]
-
 
 def conv_block(c_in: int, c_out: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     """A standard 3x3 convolution, BatchNorm, ReLU: (N, c_in, H, W) -> (N, c_out, H', W').

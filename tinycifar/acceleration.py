@@ -128,7 +128,6 @@ def accelerated(
         precision: what passes between the layers, see `MixedPrecision`.
         norms: False leaves the BatchNorms as they are: the joint step is for the compiler, and
             slower without.
-
     """
     tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=tensors).train()

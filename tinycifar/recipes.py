@@ -55,9 +55,7 @@ class Recipe:
     teacher: str | None = None  # a run to learn from, for load_pretrained; None: labels alone
     teaching: float = 0.5  # the teacher's share of the loss, beside the labels'
     temperature: float = 4.0  # softens what both say before the two are compared
-    int8: bool = (
-        False  # go on from the teacher's weights, as int8 arithmetic will compute with them
-    )
+    int8: bool = False  # go on from the teacher's weights, with simulated int8 arithmetic
 
     policy: str = "reference"  # a name in augment.POLICIES
     build: str = "batched"  # who makes the batches: batched, albumentations or torchvision

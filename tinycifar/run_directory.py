@@ -249,7 +249,7 @@ class RunDirectory:
 
     def _check_noted(self, config: dict[str, Any], there: dict[str, Any], name: str) -> None:
         """Refuse another config than the one whose checksum is there; an early run noted none."""
-        if there.get("config_sha256") not in (None, _sha256(config)):
+        if there.get("config_sha256") not in (None, json_sha256(config)):
             raise ValueError(
                 f"{self.path / 'config.json'} was changed since the run wrote it, or is another "
                 f"run's: its checksum isn't the one in {name}"
@@ -301,7 +301,7 @@ class RunDirectory:
                 _warn_if_elsewhere(self.config(), config)
             else:
                 self._write_json("config.json", config)
-            self._notes = {"config_sha256": _sha256(self._read_config())}
+            self._notes = {"config_sha256": json_sha256(self._read_config())}
             try:
                 state = self._state()
             except ValueError as error:
@@ -457,10 +457,10 @@ def _agrees(rows: pd.DataFrame, curves: str, metrics: dict[str, Any]) -> bool:
 
 def _curves(history: str) -> str:
     """The checksum of a history.csv but for its last column, the times, which never repeat."""
-    return _sha256([line.rpartition(",")[0] for line in history.splitlines()])
+    return json_sha256([line.rpartition(",")[0] for line in history.splitlines()])
 
 
-def _sha256(value: Any) -> str:
+def json_sha256(value: Any) -> str:
     """The checksum of a JSON value, however it was laid out in its file."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

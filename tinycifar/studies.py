@@ -30,8 +30,6 @@ A net this small leaves most of a GPU idle; on a CPU one-thread runs side by sid
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -49,8 +47,8 @@ from tinycifar.checks import check_choice, check_number, check_whole
 from tinycifar.data import Data, load, title
 from tinycifar.paths import absolute
 from tinycifar.recipes import Recipe, get_recipe
-from tinycifar.run_directory import RunDirectory
-from tinycifar.training import Experiment, check_seed, require_teacher, settle
+from tinycifar.run_directory import RunDirectory, json_sha256
+from tinycifar.training import check_seed, require_teacher, settle
 from tinycifar.trials import Plan, Search
 
 KEYS = {"about", "base", "always", "seeds", "variations"}
@@ -377,7 +375,8 @@ class _Sweep:
         Args:
             name: in the storage; "" makes one of what is to be trained.
         """
-        experiments = [self._settled(recipe, seed) for recipe, seed in pairs]
+        settings = self.settings | {"dataset": self.data}
+        experiments = [settle(recipe, seed, **settings) for recipe, seed in pairs]
         runs = [RunDirectory(self.folder / one.name) for one in experiments]
         for one in experiments:
             if sum(other.name == one.name for other in experiments) > 1:
@@ -394,7 +393,7 @@ class _Sweep:
         if waiting or search is not None:
             plan = Plan(
                 url=self.storage,
-                name=name or _digest([one.identity for one in experiments]),
+                name=name or f"runs {json_sha256([one.identity for one in experiments])[:12]}",
                 folder=self.folder,
                 settings=self.settings,
                 identity={key: experiments[0].identity[key] for key in _OF_ALL_RUNS},
@@ -407,16 +406,8 @@ class _Sweep:
             trials.train_queued(plan, jobs, self.progress)
         return [run.metrics() for run in runs]
 
-    def _settled(self, recipe: Recipe, seed: int) -> Experiment:
-        return settle(recipe, seed, **self.settings | {"dataset": self.data})
-
 
 _OF_ALL_RUNS = ("protocol", "dataset", "limit", "data_sha256")
-
-
-def _digest(identities: list[dict[str, Any]]) -> str:
-    text = json.dumps(identities, sort_keys=True)
-    return f"runs {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _most_jobs(device: torch.device, threads: int) -> int:

@@ -272,9 +272,10 @@ def train(
                 print(f"Interrupted: {run.path} is intact; the same command goes on from there.")
                 raise
             except Diverged as error:
+                rates = ", ".join(f"{o.defaults['lr']:g}" for o in trainer.optimizers)
                 raise RunError(
                     f"{error}: the training diverged, and {run.path} is intact up to its last "
-                    f"finished epoch; try another name with a lower lr ({_rates(trainer)})"
+                    f"finished epoch; try another name with a lower lr (this recipe's: {rates})"
                 ) from error
             return run.finish(metrics)
 
@@ -551,11 +552,6 @@ def _require_finite(value: float, what: str) -> None:
 
 def _all_finite(values: Iterable[Any]) -> bool:
     return all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor))
-
-
-def _rates(trainer: Trainer) -> str:
-    """The highest rates of a training, in words."""
-    return "this recipe's: " + ", ".join(f"{o.defaults['lr']:g}" for o in trainer.optimizers)
 
 
 def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:

@@ -51,10 +51,10 @@ HEARTBEAT = 20  # seconds between a worker's signs of life; it counts as dead af
 RETRIES = 3
 PATIENCE = 60  # seconds that SQLite waits for another process's lock
 DATABASE = "trials.db"  # SQLite's file in the folder of the runs, where no storage is named
-SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+SAMPLERS: dict[str, Any] = {
+    "tpe": optuna.samplers.TPESampler,
+    "gp": optuna.samplers.GPSampler,
+    "random": optuna.samplers.RandomSampler,
 }
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {  # by the most epochs of a trial
     # A quarter goes on at each rung: its authors suggest a third or a quarter (arXiv:1603.06560).
@@ -110,7 +110,7 @@ class Search:
             storage=storage,
             study_name=name,
             direction="maximize",
-            sampler=KeyedSampler(self.sampler, self.seed),
+            sampler=keyed_sampler(self.sampler, self.seed),
             pruner=PRUNERS[self.prune](self.epochs),
             load_if_exists=True,
         )
@@ -140,32 +140,20 @@ def _suggested(trial: Trial, name: str, d: BaseDistribution) -> Any:
     return trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
 
 
-class KeyedSampler(optuna.samplers.BaseSampler):
+def keyed_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     """A sampler of Optuna's whose random numbers are keyed by (seed, trial), whoever draws.
 
     Workers with the same seed would all begin with the same parameters, and workers without one
     couldn't be repeated.
     """
+    kind = SAMPLERS[name]
 
-    def __init__(self, name: str, seed: int):
-        self.name, self.seed = name, seed
-        self.sampler = SAMPLERS[name](seed)
+    class Keyed(kind):  # type: ignore[misc, valid-type]  # chosen by its name
+        def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+            kind.__init__(self, seed=(seed * 1_000_003 + trial.number) % 2**32)  # begins anew
+            super().before_trial(study, trial)
 
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self.sampler = SAMPLERS[self.name]((self.seed * 1_000_003 + trial.number) % 2**32)
-        self.sampler.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
-        return self.sampler.infer_relative_search_space(study, trial)
-
-    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
-        return self.sampler.sample_relative(study, trial, search_space)
-
-    def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
-        return self.sampler.sample_independent(study, trial, name, distribution)
-
-    def after_trial(self, study: Any, trial: Any, state: TrialState, values: Any) -> None:
-        self.sampler.after_trial(study, trial, state, values)
+    return Keyed(seed=seed)
 
 
 # ------------------------------------------------------------------------------------- the storage
@@ -339,7 +327,7 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
                 study.set_user_attr("made_for", now)
             for trial in latest(study).values():
                 if trial.state == TrialState.FAIL:
-                    _queue_again(study, trial, tries=0)
+                    _queue_again(study, trial, afresh=True)
         for name, attributes in wanted.items():
             gone = name in there and there[name].state == TrialState.COMPLETE
             if (name not in there or gone) and not is_done(RunDirectory(plan.folder / name)):
@@ -354,9 +342,9 @@ def is_done(run: RunDirectory) -> bool:
     return run.is_finished and run.metrics()["test_acc"] is not None
 
 
-def _queue_again(study: optuna.Study, trial: FrozenTrial, tries: int | None = None) -> None:
-    """Queue a failed trial once more; RETRIES times at most, unless `tries` says how many were."""
-    if tries is not None:
+def _queue_again(study: optuna.Study, trial: FrozenTrial, afresh: bool = False) -> None:
+    """Queue a failed trial once more; RETRIES times at most, counted from now if afresh."""
+    if afresh:
         trial = copy.deepcopy(trial)
         trial.system_attrs |= {"failed_trial": original(trial), "retry_history": []}
     RetryHeartbeatStaleTrialCallback(RETRIES)(study, trial)
@@ -403,7 +391,6 @@ class _NotQueued(RuntimeError):
 class _Worker:
     def __init__(self, plan: Plan):
         self.plan, self.studies = plan, plan.studies()
-        self.interrupted = False
 
     def train_next(self) -> bool:
         """Train one trial, or wait a second for those of others; False when there are none."""
@@ -420,11 +407,10 @@ class _Worker:
         return True
 
     def _train_one_of(self, study: optuna.Study) -> None:
-        self.interrupted = False
-        number = -1
+        number, interrupted = -1, False
 
         def objective(trial: Trial) -> float:
-            nonlocal number
+            nonlocal number, interrupted
             number = trial.number
             try:
                 return self._train(study, trial)
@@ -434,7 +420,7 @@ class _Worker:
                 trial.set_user_attr("error", str(error))
                 raise
             except BaseException:  # of this process or machine: Ctrl-C, a full disk
-                self.interrupted = True
+                interrupted = True
                 raise
 
         try:
@@ -442,7 +428,7 @@ class _Worker:
         except ValueError:  # Optuna's: we were taken for dead, and another worker goes on with it
             pass
         except BaseException:
-            if self.interrupted:
+            if interrupted:
                 _queue_again(study, study.get_trials(deepcopy=False)[number])
             raise
 
