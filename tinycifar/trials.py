@@ -150,7 +150,7 @@ def keyed_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 
     class Keyed(kind):  # type: ignore[misc, valid-type]  # chosen by its name
         def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-            kind.__init__(self, seed=(seed * 1_000_003 + trial.number) % 2**32)  # begins anew
+            kind.__init__(self, seed=(seed * 1_000_003 + trial.number) % 2**32)  # starts again
             super().before_trial(study, trial)
 
     return Keyed(seed=seed)
