@@ -1,23 +1,24 @@
-"""What pruning saves: the searches of two studies with it and without, by three samplers.
+"""What pruning saves: the searches of two studies without it, and what each pruner makes of them.
 
-    python benchmarks/pruning.py [HOW MANY SEARCHES AT ONCE]
+    python benchmarks/pruning.py
 
 Writes pruning.json. On the first 5,000 training images of CIFAR-10, 500 of them for validation;
-each search by one worker, so that it repeats.
+three searches a study, which differ in the sampler's seed. Their sampler is random, so that a
+trial's parameters depend on its number alone, and its accuracies on its parameters: a search with
+pruning trains the same trials, some of them for fewer epochs. So it is replayed.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import optuna
 
 from tinycifar import trials
 from tinycifar.data import load
@@ -26,43 +27,64 @@ from tinycifar.studies import load_study
 
 OUT = Path(__file__).with_suffix(".json")
 LIMIT, SEEDS, STUDIES = 5_000, (0, 1, 2), ("pruning", "pruning-one-cycle")
+PRUNERS = ("hyperband", "median")
+NAME = "pruning"  # Hyperband deals trials out by it
 
 
-def searched(study: str, seed: int, pruned: bool) -> dict[str, Any]:
-    """The epochs that all trials took together, the best accuracy, how many were pruned."""
+def trained(study: str, seed: int) -> list[list[float]]:
+    """The validation accuracy after each epoch, of each trial."""
     assert CHECKOUT is not None
     search = load_study(CHECKOUT / "studies" / f"{study}.yaml").search
-    assert search is not None
-    search = replace(search, seed=seed, prune=search.prune if pruned else "none")
+    assert search is not None and search.sampler == "random"
+    search = replace(search, seed=seed, prune="none")
     data = load("cifar10", limit=LIMIT)
     settings = {"protocol": "val", "dataset": data, "device": "auto"}
     identity = {"dataset": data.name, "limit": data.limit}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         url = trials.default_storage(folder)
-        plan = trials.Plan(url, "pruning", folder, settings, identity, search=search)
+        plan = trials.Plan(url, NAME, folder, settings, identity, search=search)
         trials.queue(plan, {})
         trials.work(plan)
-        done = plan.studies()[1]
-        return {
-            "study": study,
-            "seed": seed,
-            "prune": search.prune,
-            "trials": len(done.trials),
-            "epochs": sum(len(trial.intermediate_values) for trial in done.trials),
-            "best": done.best_value,
-            "pruned": sum(trial.state.name == "PRUNED" for trial in done.trials),
-        }
+        return [list(trial.intermediate_values.values()) for trial in plan.studies()[1].trials]
 
 
-def main(at_once: int) -> None:
-    kinds = list(product(STUDIES, SEEDS, (False, True)))
-    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(searched, *zip(*kinds, strict=True)))
-    result = {"date": str(date.today()), "limit": LIMIT, "rows": rows}
-    OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(rows, indent=1))
+def replayed(curves: list[list[float]], prune: str) -> dict[str, Any]:
+    """The epochs that all trials take together, the best accuracy, how many are pruned."""
+    pruner = trials.PRUNERS[prune](max(map(len, curves)))
+    search = optuna.create_study(study_name=NAME, direction="maximize", pruner=pruner)
+    for curve in curves:
+        trial = search.ask()
+        trial.set_user_attr("seed", 0)
+        state = optuna.trial.TrialState.COMPLETE
+        for epoch, accuracy in enumerate(curve, start=1):
+            trial.report(accuracy, epoch)
+            if epoch < len(curve) and trial.should_prune():
+                state = optuna.trial.TrialState.PRUNED
+                break
+        search.tell(trial, None if state.name == "PRUNED" else curve[-1], state)
+    return {
+        "prune": prune,
+        "trials": len(curves),
+        "epochs": sum(len(trial.intermediate_values) for trial in search.trials),
+        "best": search.best_value,
+        "pruned": sum(trial.state.name == "PRUNED" for trial in search.trials),
+    }
+
+
+def main() -> None:
+    kept = json.loads(OUT.read_text(encoding="utf-8")).get("curves", {}) if OUT.is_file() else {}
+    curves: dict[str, list[list[float]]] = {}
+    rows = []
+    for study, seed in product(STUDIES, SEEDS):
+        key = f"{study}, {seed}"
+        curves[key] = kept.get(key) or trained(study, seed)  # delete the file to train again
+        for prune in ("none", *PRUNERS):
+            rows.append({"study": study, "seed": seed, **replayed(curves[key], prune)})
+            print(rows[-1], flush=True)
+        result = {"date": str(date.today()), "limit": LIMIT, "rows": rows, "curves": curves}
+        OUT.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+    main()

@@ -99,6 +99,11 @@ def test_options_and_inputs_that_cant_be_are_named():
         BlueprintNet(skips="some")
     with pytest.raises(ValueError, match="unknown activation 'tanh'; valid: relu, silu"):
         BlueprintNet(activation="tanh")
+    for layout in ("0 24", "16 24s0", "16 24d0", "16 16x0"):
+        with pytest.raises(ValueError, match="a layout names the channels of each layer"):
+            BlueprintNet(layout=layout)
+    with pytest.raises(ValueError, match="layers that don't narrow; got 4 channels after 8"):
+        BlueprintNet(layout="4 8 4", skips="all")
     with pytest.raises(ValueError, match=r"\(N, 3, H, W\); got \(3, 32, 32\)"):
         BlueprintNet(layout="4 4")(torch.zeros(3, 32, 32))
 

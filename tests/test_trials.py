@@ -16,7 +16,7 @@ import optuna
 import pytest
 import sqlalchemy
 import yaml
-from helpers import NETWORK, SMALL, assert_same_outcome, search_study
+from helpers import NETWORK, SMALL, assert_same_outcome, search_study, searched
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
@@ -184,6 +184,71 @@ def test_a_trial_that_nobody_queued_is_not_trained(make_plan, tmp_path):
     assert not plan.unfinished()
 
 
+def test_what_was_taken_out_of_a_study_is_not_trained(make_plan, tmp_path):
+    """Of the variations, and of the trials of a search; they may come back."""
+    other = replace(BASE, name="other", lr=0.02)
+    both = {"base-val-seed0": (BASE, 0), "other-val-seed0": (other, 0)}
+    plan = make_plan({"trials": 4}, runs=frozenset(both))
+    queue(plan, both)
+    fewer = replace(plan, search=replace(plan.search, trials=2), runs=frozenset(["base-val-seed0"]))
+    queue(fewer, {"base-val-seed0": (BASE, 0)})
+    work(fewer)
+    assert sorted(p.name for p in tmp_path.glob("*-val-seed0")) == [
+        "base-val-seed0",
+        "trial_0-val-seed0",
+        "trial_1-val-seed0",
+    ]
+    assert len(latest(plan.studies()[1])) == 2 and not fewer.unfinished()
+    queue(plan, both)
+    assert plan.unfinished() == 3
+
+
+def test_a_run_that_failed_may_be_changed_or_taken_out(make_plan, tmp_path, monkeypatch):
+    one, other = (replace(BASE, name=name) for name in ("one", "other"))
+    runs = {"one-val-seed0": (one, 0), "other-val-seed0": (other, 0)}
+    plan = make_plan(runs=frozenset(runs))
+    queue(plan, runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "train", lambda *_, **__: raising(RunError("the training diverged")))
+        work(plan)
+    (whole,) = plan.studies()
+    assert [t.state.name for _, t in plan.asked_for([whole])] == ["FAIL", "FAIL"]
+    plan = replace(plan, runs=frozenset(["one-val-seed0"]))
+    queue(plan, {"one-val-seed0": (replace(one, lr=0.01), 0)})
+    work(plan)
+    assert [t.state.name for _, t in plan.asked_for([whole])] == ["COMPLETE"]
+    assert RunDirectory(tmp_path / "one-val-seed0").config()["recipe"]["lr"] == 0.01
+    with pytest.raises(RunError, match="was made for something else: one-val-seed0"):
+        queue(plan, {"one-val-seed0": (one, 0)})  # it is done now
+
+
+def raising(error):
+    raise error
+
+
+def test_hyperband_keeps_an_interrupted_trial_in_its_bracket():
+    """Its second attempt has another number, by which Optuna deals the brackets out."""
+    pruner = trials.PRUNERS["hyperband"](12)
+    study = optuna.create_study(study_name="s", direction="maximize", pruner=pruner)
+
+    def brackets():
+        return {trials.original(t): pruner._get_bracket_id(study, t) for t in study.trials}
+
+    for number in range(8):
+        trial = study.ask()
+        trial.report(number, 1)
+        trial.should_prune()
+    before = brackets()
+    assert set(before.values()) == {0, 1}
+    for number in range(8):
+        study.tell(number, state=TrialState.FAIL)
+        trials._queue_again(study, study.trials[number])
+    assert set(brackets().values()) == {-1}  # neither what ended nor what waits is compared
+    for _ in range(8):
+        study.ask()
+    assert brackets() == before
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -250,6 +315,32 @@ def test_a_study_that_changed_since_is_refused_with_the_difference(make_plan, ti
     assert (tmp_path / trials.DATABASE).read_bytes() == before
     queue(plan, {**run, "more-val-seed0": (replace(BASE, name="more"), 0)})  # a line was added
     assert states(plan.studies()[0]) == ["WAITING"] * 2
+
+
+def test_the_best_is_not_chosen_among_a_part_of_the_trials(tiny, tmp_path, monkeypatch):
+    """As where a machine joins with another folder, or a finished trial was removed."""
+    file, folder = search_study(tmp_path, trials=2), tmp_path / "out"
+    searched(file, folder, tiny)
+    monkeypatch.setattr(trials, "default_storage", lambda _: default_storage(folder))
+    with pytest.raises(
+        RunError, match=r"2 of 2 finished trials aren't in .*elsewhere, e\.g\. trial_0"
+    ):
+        searched(file, tmp_path / "elsewhere", tiny)
+
+
+def test_a_search_whose_trials_all_diverge_is_one_sentence(tiny, tmp_path, monkeypatch):
+    file, folder = search_study(tmp_path, trials=2), tmp_path / "out"
+    monkeypatch.setattr(
+        trials,
+        "train",
+        lambda recipe, *args, **more: (
+            train(recipe, *args, **more)
+            if recipe.name == "base"
+            else raising(optuna.TrialPruned("the training diverged"))
+        ),
+    )
+    with pytest.raises(RunError, match="no trial of the search 'rates' was trained to its end"):
+        searched(file, folder, tiny)
 
 
 # ----------------------------------------------------------------------------------- many workers

@@ -155,6 +155,11 @@ class BlueprintNet(nn.Module):
                     f"{layer.channels} channels, stride {layer.stride}, after {channels} channels"
                 )
             skip = skips == "all" or (skips == "same" and same)
+            if skip and layer.channels < channels:
+                raise ValueError(
+                    "skips 'all' takes layers that don't narrow; got "
+                    f"{layer.channels} channels after {channels}"
+                )
             blocks.append(BlueprintBlock(channels, layer, activation, skip, attention == "eca"))
             channels = layer.channels
         self.blocks = nn.Sequential(*blocks)
@@ -169,7 +174,7 @@ class BlueprintNet(nn.Module):
 
 def read_layout(layout: str) -> list[Layer]:
     """The layers that a layout names; what it doesn't say of them is a Layer's default."""
-    pattern = r"(\d+)(?:k([1357]))?(?:s(\d))?(?:d(\d))?(?:x(\d))?"
+    pattern = r"([1-9]\d*)(?:k([1357]))?(?:s([1-9]))?(?:d([1-9]))?(?:x([1-9]))?"
     words = [re.fullmatch(pattern, word) for word in layout.split()]
     parts = [word.groups() for word in words if word]
     if len(parts) < max(2, len(words)):

@@ -47,7 +47,7 @@ from tinycifar.checks import check_choice, check_number, check_whole
 from tinycifar.data import Data, load, title
 from tinycifar.paths import absolute
 from tinycifar.recipes import Recipe, get_recipe
-from tinycifar.run_directory import RunDirectory, json_sha256
+from tinycifar.run_directory import RunDirectory, RunError, json_sha256
 from tinycifar.training import check_seed, require_teacher, settle
 from tinycifar.trials import Plan, Search
 
@@ -323,6 +323,7 @@ def train_study(study: str | Path | Study, **options: Any) -> list[dict[str, Any
     sweep = _Sweep("val", folder=folder, **options)
     metrics = sweep.train(study.name, study.runs, study.search)
     if study.search is not None:
+        sweep.check_trials_are_here(study.name, study.search)
         metrics += sweep.train(study.name, chosen(study.search, folder), study.search)
     return metrics
 
@@ -398,6 +399,7 @@ class _Sweep:
                 settings=self.settings,
                 identity={key: experiments[0].identity[key] for key in _OF_ALL_RUNS},
                 search=search,
+                runs=frozenset(one.name for one in experiments),
                 threads=self.threads,
                 heartbeat=self.heartbeat,
             )
@@ -405,6 +407,20 @@ class _Sweep:
             jobs = self.jobs or _most_jobs(experiments[0].device, self.threads)
             trials.train_queued(plan, jobs, self.progress)
         return [run.metrics() for run in runs]
+
+    def check_trials_are_here(self, name: str, search: Search) -> None:
+        """Raise RunError unless all trials that the storage has as done are in the folder."""
+        with trials.reachable(self.storage):
+            there = trials.latest(search.optuna_study(trials.connect(self.storage), name))
+        state = optuna.trial.TrialState.COMPLETE
+        done = [trial.user_attrs["run"] for trial in there.values() if trial.state == state]
+        if not done:
+            raise RunError(f"no trial of the search {name!r} was trained to its end: all diverged")
+        if gone := [run for run in done if not RunDirectory(self.folder / run).is_finished]:
+            raise RunError(
+                f"{len(gone)} of {len(done)} finished trials aren't in {self.folder}, e.g. "
+                f"{gone[0]}: put them back, or give the FOLDER that the search was begun with"
+            )
 
 
 _OF_ALL_RUNS = ("protocol", "dataset", "limit", "data_sha256")

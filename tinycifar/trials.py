@@ -58,7 +58,7 @@ SAMPLERS: dict[str, Any] = {
 }
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {  # by the most epochs of a trial
     # A quarter goes on at each rung: its authors suggest a third or a quarter (arXiv:1603.06560).
-    "hyperband": lambda epochs: optuna.pruners.HyperbandPruner(1, epochs, 4),
+    "hyperband": lambda epochs: Hyperband(1, epochs, 4),
     "median": lambda epochs: optuna.pruners.MedianPruner(n_warmup_steps=epochs // 3),
     "none": lambda epochs: optuna.pruners.NopPruner(),
 }
@@ -138,6 +138,20 @@ def _suggested(trial: Trial, name: str, d: BaseDistribution) -> Any:
         return trial.suggest_int(name, d.low, d.high, step=d.step, log=d.log)
     assert isinstance(d, FloatDistribution)
     return trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
+
+
+class Hyperband(optuna.pruners.HyperbandPruner):
+    """Optuna's, for trials that may be interrupted and queued again, under another number.
+
+    An attempt that ended or waits is compared with none, and the next one stays in its bracket.
+    """
+
+    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
+        if trial.state in (TrialState.FAIL, TrialState.WAITING):
+            return -1
+        trial = copy.copy(trial)
+        trial.number = original(trial)
+        return super()._get_bracket_id(study, trial)
 
 
 def keyed_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
@@ -238,8 +252,9 @@ def original(trial: FrozenTrial) -> int:
 
 def latest(study: optuna.Study) -> dict[int, FrozenTrial]:
     """The last attempt of each trial that was queued, by the number of the first."""
-    trials = (t for t in study.get_trials(deepcopy=False) if "seed" in t.user_attrs)
-    return {original(trial): trial for trial in trials}
+    trials = study.get_trials(deepcopy=False)
+    meant = (t for t in trials if "seed" in t.user_attrs and "dropped" not in t.user_attrs)
+    return {original(trial): trial for trial in meant}
 
 
 # --------------------------------------------------------------------------------------- the queue
@@ -256,6 +271,7 @@ class Plan:
         settings: protocol, dataset and device, as `train` takes them.
         identity: what the storage must have been made for: the data.
         search: None without one.
+        runs: the names of the whole runs.
         threads: of each worker.
         heartbeat: see HEARTBEAT.
         policies: augmentation policies, which may be the caller's own.
@@ -267,6 +283,7 @@ class Plan:
     settings: dict[str, Any]
     identity: dict[str, Any]
     search: Search | None = None
+    runs: frozenset[str] = frozenset()
     threads: int = 1
     heartbeat: int = HEARTBEAT
     policies: dict[str, augment.Policy] = field(default_factory=lambda: dict(augment.POLICIES))
@@ -280,6 +297,13 @@ class Plan:
         if self.search is None:
             return [whole]
         return [whole, self.search.optuna_study(storage, self.name)]
+
+    def asked_for(self, studies: list[optuna.Study]) -> list[tuple[optuna.Study, FrozenTrial]]:
+        """The trials of this plan, each with its study; of a run that was changed, the last."""
+        whole, *search = studies
+        by_run = {trial.user_attrs["run"]: trial for trial in latest(whole).values()}
+        asked = [(whole, trial) for run, trial in by_run.items() if run in self.runs]
+        return asked + [(study, trial) for study in search for trial in latest(study).values()]
 
     def unfinished(self) -> int:
         """How many trials wait or are being trained, here or elsewhere."""
@@ -311,9 +335,14 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         made_for = {study: plan.identity for study in (whole, *search)}
         if plan.search is not None:
             made_for[search[0]] = plan.identity | plan.search.description()
-        both = sorted(wanted.keys() & there.keys())
-        was = {name: in_full(there[name].user_attrs["recipe"]) for name in both}
-        differences = unlike(was, {name: wanted[name]["recipe"] for name in both})
+        was = {name: in_full(there[name].user_attrs["recipe"]) for name in wanted if name in there}
+        changed = {n for n in was if unlike({n: was[n]}, {n: wanted[n]["recipe"]})}
+        failed = {n for n in was if there[n].state == TrialState.FAIL}
+        differences = [
+            difference
+            for name in sorted(changed - failed)
+            for difference in unlike({name: was[name]}, {name: wanted[name]["recipe"]})
+        ]
         for study, now in made_for.items():
             differences += unlike(study.user_attrs.get("made_for", now), now)
         if differences:
@@ -325,12 +354,15 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         for study, now in made_for.items():
             if "made_for" not in study.user_attrs:
                 study.set_user_attr("made_for", now)
-            for trial in latest(study).values():
-                if trial.state == TrialState.FAIL:
-                    _queue_again(study, trial, afresh=True)
+        again = [(whole, there[name]) for name in sorted(failed - changed)]
+        for study in search:
+            again += [(study, t) for t in latest(study).values() if t.state == TrialState.FAIL]
+        for study, trial in again:
+            _queue_again(study, trial, afresh=True)
         for name, attributes in wanted.items():
             gone = name in there and there[name].state == TrialState.COMPLETE
-            if (name not in there or gone) and not is_done(RunDirectory(plan.folder / name)):
+            missing = name not in there or gone or name in failed & changed
+            if missing and not is_done(RunDirectory(plan.folder / name)):
                 whole.enqueue_trial({}, user_attrs=attributes)
         if plan.search is not None:
             for _ in range(plan.search.trials - len(latest(search[0]))):
@@ -385,7 +417,11 @@ def work(plan: Plan) -> None:
 
 
 class _NotQueued(RuntimeError):
-    """A trial that Optuna made up, as another worker has taken the last that waited."""
+    """A trial that isn't asked for.
+
+    Optuna made it up, as another worker has taken the last that waited; or what it was queued for
+    was taken out of the study since.
+    """
 
 
 class _Worker:
@@ -432,10 +468,23 @@ class _Worker:
                 _queue_again(study, study.get_trials(deepcopy=False)[number])
             raise
 
+    def _was_taken_out(self, study: optuna.Study, trial: Trial) -> bool:
+        plan = self.plan
+        if study is self.studies[0]:
+            name = trial.user_attrs["run"]
+            # The best trials, as whole runs, are queued last, perhaps by another machine.
+            return bool(plan.runs) and name not in plan.runs and not name.startswith("trial_")
+        assert plan.search is not None
+        done = sum(other.state in _GOOD for other in latest(study).values())
+        return done >= plan.search.trials
+
     def _train(self, study: optuna.Study, trial: Trial) -> float:
         if "seed" not in trial.user_attrs:
             raise _NotQueued
         plan, seed, whole = self.plan, trial.user_attrs["seed"], study is self.studies[0]
+        if self._was_taken_out(study, trial):
+            trial.set_user_attr("dropped", True)
+            raise _NotQueued
         if whole:
             recipe = Recipe(**trial.user_attrs["recipe"])
         else:
@@ -518,7 +567,7 @@ def train_queued(plan: Plan, jobs: int, progress: bool) -> None:
     finally:
         _end(workers)
     with reachable(plan.url):
-        ended = [trial for study in plan.studies() for trial in latest(study).values()]
+        ended = [trial for _, trial in plan.asked_for(plan.studies())]
     failed = [t for t in ended if t.state == TrialState.FAIL]
     if missing := sum(not t.state.is_finished() for t in ended):
         killed = any(worker.returncode < 0 for worker in workers)
@@ -570,7 +619,7 @@ def _watch(plan: Plan, workers: list[subprocess.Popen], progress: bool) -> None:
             working = True
             while working:
                 working = any(worker.poll() is None for worker in workers)
-                trials = [(study, t) for study in studies for t in latest(study).values()]
+                trials = plan.asked_for(studies)
                 # What failed may be queued again within the moment.
                 ended = [(s, t) for s, t in trials if t.state in _GOOD or not working]
                 lines = {(s.study_name, original(t)): _outcome(t) for s, t in ended}
