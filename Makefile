@@ -95,7 +95,7 @@ sweep: env ## train RECIPES with SEEDS, or a STUDY (variations, or a search), se
 # A sweep of one recipe may call it RECIPE.
 sweep: export TINYCIFAR_RECIPES := $(or $(value RECIPES),$(value RECIPE))
 
-study: env ## look at a study's runs (RUN=runs/mine, or results/studies/...)
+study: env ## look at a study's runs (RUN=runs/mine, or results/studies/rates)
 	@$(TINYCIFAR) notebook study
 
 dashboard: env ## a STUDY in the browser while it is trained (pip install optuna-dashboard)

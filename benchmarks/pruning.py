@@ -1,9 +1,9 @@
-"""What pruning saves: the searches of two studies without it, and what each pruner makes of them.
+"""What pruning saves: the searches of a study without it, and what each pruner makes of them.
 
     python benchmarks/pruning.py
 
 Writes pruning.json. On the first 5,000 training images of CIFAR-10, 500 of them for validation;
-three searches a study, which differ in the sampler's seed. Their sampler is random, so that a
+three searches, which differ in the sampler's seed. Their sampler is random, so that a
 trial's parameters depend on its number alone, and its accuracies on its parameters: a search with
 pruning trains the same trials, some of them for fewer epochs. So it is replayed.
 """
@@ -14,7 +14,6 @@ import json
 import tempfile
 from dataclasses import replace
 from datetime import date
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,15 @@ from tinycifar.paths import CHECKOUT
 from tinycifar.studies import load_study
 
 OUT = Path(__file__).with_suffix(".json")
-LIMIT, SEEDS, STUDIES = 5_000, (0, 1, 2), ("pruning", "pruning-one-cycle")
-PRUNERS = ("hyperband", "median")
-NAME = "pruning"  # Hyperband deals trials out by it
+LIMIT, SEEDS = 5_000, (0, 1, 2)
+PRUNERS = ("none", "hyperband", "median")
+NAME = "pruning"  # of the study; Hyperband deals trials out by it
 
 
-def trained(study: str, seed: int) -> list[list[float]]:
-    """The validation accuracy after each epoch, of each trial."""
+def trained(seed: int) -> list[dict[str, Any]]:
+    """Of each trial the validation accuracy after each epoch, and of the kept one."""
     assert CHECKOUT is not None
-    search = load_study(CHECKOUT / "studies" / f"{study}.yaml").search
+    search = load_study(CHECKOUT / "studies" / f"{NAME}.yaml").search
     assert search is not None and search.sampler == "random"
     search = replace(search, seed=seed, prune="none")
     data = load("cifar10", limit=LIMIT)
@@ -46,26 +45,28 @@ def trained(study: str, seed: int) -> list[list[float]]:
         plan = trials.Plan(url, NAME, folder, settings, identity, search=search)
         trials.queue(plan, {})
         trials.work(plan)
-        return [list(trial.intermediate_values.values()) for trial in plan.studies()[1].trials]
+        return [
+            {"curve": list(trial.intermediate_values.values()), "value": trial.value}
+            for trial in plan.studies()[1].trials
+        ]
 
 
-def replayed(curves: list[list[float]], prune: str) -> dict[str, Any]:
+def replayed(full: list[dict[str, Any]], prune: str) -> dict[str, Any]:
     """The epochs that all trials take together, the best accuracy, how many are pruned."""
-    pruner = trials.PRUNERS[prune](max(map(len, curves)))
+    pruner = trials.PRUNERS[prune](len(full[0]["curve"]))
     search = optuna.create_study(study_name=NAME, direction="maximize", pruner=pruner)
-    for curve in curves:
+    for one in full:
         trial = search.ask()
-        trial.set_user_attr("seed", 0)
-        state = optuna.trial.TrialState.COMPLETE
-        for epoch, accuracy in enumerate(curve, start=1):
+        for epoch, accuracy in enumerate(one["curve"], start=1):
             trial.report(accuracy, epoch)
-            if epoch < len(curve) and trial.should_prune():
-                state = optuna.trial.TrialState.PRUNED
+            if epoch < len(one["curve"]) and trial.should_prune():
+                search.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 break
-        search.tell(trial, None if state.name == "PRUNED" else curve[-1], state)
+        else:
+            search.tell(trial, one["value"])
     return {
         "prune": prune,
-        "trials": len(curves),
+        "trials": len(full),
         "epochs": sum(len(trial.intermediate_values) for trial in search.trials),
         "best": search.best_value,
         "pruned": sum(trial.state.name == "PRUNED" for trial in search.trials),
@@ -73,16 +74,15 @@ def replayed(curves: list[list[float]], prune: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    kept = json.loads(OUT.read_text(encoding="utf-8")).get("curves", {}) if OUT.is_file() else {}
-    curves: dict[str, list[list[float]]] = {}
+    kept = json.loads(OUT.read_text(encoding="utf-8"))["searches"] if OUT.is_file() else {}
+    searches: dict[str, list[dict[str, Any]]] = {}
     rows = []
-    for study, seed in product(STUDIES, SEEDS):
-        key = f"{study}, {seed}"
-        curves[key] = kept.get(key) or trained(study, seed)  # delete the file to train again
-        for prune in ("none", *PRUNERS):
-            rows.append({"study": study, "seed": seed, **replayed(curves[key], prune)})
+    for seed in map(str, SEEDS):
+        searches[seed] = kept.get(seed) or trained(int(seed))  # without the file, all are
+        for prune in PRUNERS:
+            rows.append({"seed": seed, **replayed(searches[seed], prune)})
             print(rows[-1], flush=True)
-        result = {"date": str(date.today()), "limit": LIMIT, "rows": rows, "curves": curves}
+        result = {"date": str(date.today()), "limit": LIMIT, "rows": rows, "searches": searches}
         OUT.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 

@@ -186,7 +186,7 @@ def test_a_search_is_a_base_and_ranges(write_search):
     assert (study.search.seed, study.search.trials, study.search.confirm) == (0, 4, 0)
     assert (study.search.sampler, study.search.prune, study.search.epochs) == (
         "tpe",
-        "hyperband",
+        "median",
         2,
     )
     assert study.search.base == study.recipes[0]

@@ -308,25 +308,21 @@ def inference_table(result: Mapping[str, Any]) -> str:
 
 
 def pruning_table(result: Mapping[str, Any]) -> pd.DataFrame:
-    """What pruning saves, by search and sampler: of what benchmarks/pruning.py wrote as JSON."""
+    """What pruning saves, by search: of what benchmarks/pruning.py wrote as JSON."""
     frame = pd.DataFrame(result["rows"])
     rows = []
-    for (study, seed), pair in frame.groupby(["study", "seed"]):
-        full, pruned = (pair[(pair["prune"] == "none") == none].iloc[0] for none in (True, False))
-        share = f"{100 * pruned['epochs'] / full['epochs']:.0f} %"
-        rows.append(
-            {
-                "search": f"[{study}](../studies/{study}.yaml)",
-                "sampler's seed": str(seed),
-                "pruned": f"{pruned['pruned']} of {pruned['trials']}",
-                "epochs": f"{pruned['epochs']} instead of {full['epochs']}: {share}",
-                "best": f"{pruned['best']:.1f} instead of {full['best']:.1f} %",
-            }
-        )
+    for seed, searches in frame.groupby("seed"):
+        row = {"sampler's seed": seed}
+        full = searches["epochs"].max()
+        for prune, epochs, best in searches[["prune", "epochs", "best"]].itertuples(index=False):
+            share = f" for {100 * epochs / full:.0f} % of the epochs" if epochs < full else ""
+            row["no pruning" if prune == "none" else prune] = f"{best:.1f} %{share}"
+        rows.append(row)
     table = pd.DataFrame(rows, dtype="str")
     table.attrs["note"] = (
-        f"{title('cifar10', result['limit'])}, with Hyperband and without pruning, each search by "
-        f"one worker; best: validation accuracy; {result['date']}."
+        f"{title('cifar10', result['limit'])}: the best validation accuracy of the "
+        f"{frame['trials'].max()} trials of [pruning.yaml](../studies/pruning.yaml), "
+        f"{result['date']}."
     )
     return table
 

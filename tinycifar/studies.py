@@ -17,7 +17,7 @@ A study is a file: a base recipe, and variations of it, a search, or both.
       ema: [null, 0.99]
     trials: 40                   # of the search, those that were pruned included
     sampler: tpe                 # see trials.SAMPLERS; tpe, unless said
-    prune: hyperband             # see trials.PRUNERS; hyperband, unless said
+    prune: median                # see trials.PRUNERS; median, unless said
     confirm: 3                   # train so many of the best with two more seeds; 0, unless said
 
 To add a variation is to add a line. Each becomes an ordinary recipe, called by its name, and each
@@ -132,8 +132,8 @@ def _search(content: dict, base: Recipe, seeds: tuple[int, ...]) -> Search | Non
         raise ValueError(
             f"a search has one seed; got {list(seeds)}: confirm: 3 trains the best with two more"
         )
-    sampler, prune = content.get("sampler", "tpe"), str(content.get("prune", "hyperband"))
-    prune = "none" if content.get("prune", "hyperband") is None else prune  # null is YAML's none
+    sampler, prune = content.get("sampler", "tpe"), str(content.get("prune", "median"))
+    prune = "none" if content.get("prune", "median") is None else prune  # null is YAML's none
     check_choice("sampler", sampler, trials.SAMPLERS)
     check_choice("prune", prune, trials.PRUNERS)
     ranges = {

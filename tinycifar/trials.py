@@ -59,7 +59,7 @@ SAMPLERS: dict[str, Any] = {
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {  # by the most epochs of a trial
     # A quarter goes on at each rung: its authors suggest a third or a quarter (arXiv:1603.06560).
     "hyperband": lambda epochs: Hyperband(1, epochs, 4),
-    "median": lambda epochs: optuna.pruners.MedianPruner(n_warmup_steps=epochs // 3),
+    "median": lambda epochs: optuna.pruners.MedianPruner(n_warmup_steps=epochs // 4),
     "none": lambda epochs: optuna.pruners.NopPruner(),
 }
 
@@ -86,7 +86,7 @@ class Search:
     seed: int
     trials: int
     sampler: str = "tpe"
-    prune: str = "hyperband"
+    prune: str = "median"
     confirm: int = 0
 
     @property
