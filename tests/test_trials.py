@@ -170,6 +170,19 @@ def test_a_trial_is_queued_again_three_times(make_plan, monkeypatch):
     assert states(plan.studies()[0]) == ["FAIL"] * 4 + ["COMPLETE"]
 
 
+def test_a_trial_whose_worker_died_before_its_first_heartbeat_is_queued_again(make_plan, tmp_path):
+    plan = make_plan({"trials": 2}, heartbeat=1)
+    queue(plan, {})
+    plan.studies()[1].ask()  # and then nothing: killed
+    started = time.monotonic()
+    work(plan)
+    assert time.monotonic() - started > 3
+    study = plan.studies()[1]
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"] and list(latest(study)) == [0, 1]
+    names = sorted(p.name for p in tmp_path.glob("trial_*"))
+    assert names == ["trial_0-val-seed0", "trial_1-val-seed0"]
+
+
 def test_a_trial_that_nobody_queued_is_not_trained(make_plan, tmp_path):
     """Optuna makes one up for the worker that comes second to the last that waits."""
     plan = make_plan({"trials": 1})

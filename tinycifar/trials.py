@@ -416,6 +416,13 @@ def work(plan: Plan) -> None:
             pass
 
 
+_SILENT = sqlalchemy.text(
+    "SELECT number FROM trials JOIN studies ON trials.study_id = studies.study_id "
+    "WHERE study_name = :name AND state = 'RUNNING' "
+    "AND trial_id NOT IN (SELECT trial_id FROM trial_heartbeats)"
+)
+
+
 class _NotQueued(RuntimeError):
     """A trial that isn't asked for.
 
@@ -427,11 +434,14 @@ class _NotQueued(RuntimeError):
 class _Worker:
     def __init__(self, plan: Plan):
         self.plan, self.studies = plan, plan.studies()
+        self.engine = connect(plan.url).engine
+        self.silent: dict[tuple[str, int], float] = {}  # since when, by study and trial
 
     def train_next(self) -> bool:
         """Train one trial, or wait a second for those of others; False when there are none."""
         for study in self.studies:
             optuna.storages.fail_stale_trials(study)
+            self._fail_silent_trials(study)
             if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 self._train_one_of(study)
                 return True
@@ -441,6 +451,26 @@ class _Worker:
             return False
         time.sleep(1)
         return True
+
+    def _fail_silent_trials(self, study: optuna.Study) -> None:
+        """Queue again what a worker took just before it died; a heartbeat begins only after that.
+
+        Optuna looks for heartbeats that have ended, and would pass over these forever.
+        """
+        with self.engine.connect() as connection:
+            numbers = connection.scalars(_SILENT, {"name": study.study_name}).all()
+        now = time.monotonic()
+        self.silent = {
+            key: since
+            for key, since in self.silent.items()
+            if key[0] != study.study_name or key[1] in numbers
+        }
+        for number in numbers:
+            since = self.silent.setdefault((study.study_name, number), now)
+            if now - since > 3 * self.plan.heartbeat:
+                with suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                    study.tell(number, state=TrialState.FAIL)  # refused if another was faster
+                    _queue_again(study, study.get_trials(deepcopy=False)[number])
 
     def _train_one_of(self, study: optuna.Study) -> None:
         number, interrupted = -1, False
