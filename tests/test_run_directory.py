@@ -290,12 +290,13 @@ def test_the_history_of_a_finished_run_is_the_one_it_was_finished_with(begun, ti
 
 
 def test_published_runs_agree_on_the_data():
-    """They note no checksum of their config.json."""
+    """Most note no checksum of their config.json."""
     found = {}
     for file in RESULTS.rglob("config.json"):
         run = RunDirectory(file.parent)
         config = run.config()
-        assert len(run.history()) == run.metrics()["epochs_run"]
+        if run.is_finished:  # a trial that was pruned isn't
+            assert len(run.history()) == run.metrics()["epochs_run"]
         told = {name: config[name] for name in ("split", "mean", "std", "classes")}
         assert found.setdefault((config["data_sha256"], config["protocol"]), told) == told, file
     assert len(found) == 3
