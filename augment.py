@@ -144,6 +144,8 @@ POLICIES = {
     "light": Policy(flip=0.5, crop_padding=4),
     # Half as far, as Jordan's trainings of under ten epochs have it (2024, arXiv:2404.00498).
     "gentle": Policy(flip=0.5, crop_padding=2),
+    # Light, with a small hole in each image, for long trainings.
+    "cutout": Policy(flip=0.5, crop_padding=4, hole=8),
     # tuning_CNN_for_CIFAR10 (Shashank Sane, 2025).
     "reference": Policy(
         flip=0.5, shift=0.0625, scale=0.10, rotate=10.0, affine_p=0.7, hole=16, hole_p=0.5
