@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tinycifar.checks import check_choice, check_number, check_whole
+
 if TYPE_CHECKING:
     import albumentations
     from torchvision.transforms import v2
@@ -94,12 +96,12 @@ class Policy:
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.name in _RANGES:
-                self._check_number(field.name, type(field.default))
-        if self.border not in BORDERS:
-            raise ValueError(f"border must be one of {', '.join(BORDERS)}; got {self.border!r}.")
+                check = check_whole if isinstance(field.default, int) else check_number
+                value = check(field.name, getattr(self, field.name), *_RANGES[field.name])
+                object.__setattr__(self, field.name, value)  # one of NumPy's as a plain one
+        check_choice("border", self.border, BORDERS)
         if not (isinstance(self.fill, str) and self.fill == "mean"):
-            self._check_fill()
-            object.__setattr__(self, "fill", tuple(self.fill))  # JSON has it as a list
+            object.__setattr__(self, "fill", _levels(self.fill))
 
     @property
     def warps(self) -> bool:
@@ -111,28 +113,16 @@ class Policy:
         """Whether any image can get a hole."""
         return self.hole_p > 0 and self.hole > 0
 
-    def _check_number(self, name: str, kind: type) -> None:
-        value, (low, high) = getattr(self, name), _RANGES[name]
-        if self._is_number(value, kind) and low <= value <= high:
-            return
-        noun = "a whole number" if kind is int else "a number"
-        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {noun} {limits}; got {value!r}.")
 
-    def _check_fill(self) -> None:
-        levels = self.fill if isinstance(self.fill, (tuple, list)) else ()
-        if len(levels) != 3 or not all(
-            self._is_number(level, int) and 0 <= level <= 255 for level in levels
-        ):
-            raise ValueError(
-                f"fill must be 'mean' or three whole numbers from 0 to 255; got {self.fill!r}."
-            )
-
-    @staticmethod
-    def _is_number(value: object, kind: type) -> bool:
-        """Whether it is an int, or for float an int or a float; a bool is neither here."""
-        accepted = int if kind is int else (int, float)
-        return isinstance(value, accepted) and not isinstance(value, bool)
+def _levels(fill: Any) -> tuple[int, ...]:
+    """Three grey levels as a tuple; JSON has them as a list."""
+    try:
+        red, green, blue = (check_whole("a level", level, 0, 255) for level in fill)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"fill must be 'mean' or three whole numbers from 0 to 255; got {fill!r}"
+        ) from error
+    return red, green, blue
 
 
 POLICIES = {
@@ -163,10 +153,8 @@ def get_policy(policy: str | Policy) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
-    if isinstance(policy, str) and policy in POLICIES:
-        return POLICIES[policy]
-    names = ", ".join(POLICIES)
-    raise ValueError(f"unknown policy {policy!r}: expected one of {names}, or a Policy.")
+    check_choice("policy", policy, POLICIES)
+    return POLICIES[policy]
 
 
 class Batched(nn.Module):
@@ -391,9 +379,7 @@ def per_sample(
         ValueError: an unknown build; whatever that build raises. When called: a seed below 0.
         ImportError: the build's library cannot be imported.
     """
-    if build not in _SAMPLERS:
-        names = ", ".join(_SAMPLERS)
-        raise ValueError(f"unknown per-sample build {build!r}: expected one of {names}.")
+    check_choice("per-sample build", build, _SAMPLERS)
     return _PerSample(policy, mean, std, build)
 
 
@@ -591,9 +577,7 @@ class _PerSample:
         self.transform = make(*description)
 
     def __call__(self, image: np.ndarray, seed: int) -> Tensor:
-        if not isinstance(seed, (int, np.integer)) or seed < 0:
-            raise ValueError(f"seed must be a whole number of at least 0; got {seed!r}.")
-        return self.sample(self.transform, image, int(seed))
+        return self.sample(self.transform, image, check_whole("seed", seed, 0))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _PerSample, self.arguments
