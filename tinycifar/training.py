@@ -268,8 +268,8 @@ def train(
             try:
                 trainer.fit(run.save, on_epoch)
                 metrics = trainer.measure(test)
-            except KeyboardInterrupt:
-                print(f"Interrupted: {run.path} is intact; the same command goes on from there.")
+            except KeyboardInterrupt as error:
+                error.add_note(f"{run.path} is intact")
                 raise
             except Diverged as error:
                 rates = ", ".join(f"{o.defaults['lr']:g}" for o in trainer.optimizers)
