@@ -401,6 +401,8 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
 def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Figure:
     """What each variation of a study gains or loses against its base, with its 95 % interval.
 
+    An interval is for one row alone, the colour for all together: see `measures.gains`.
+
     Raises:
         ValueError: no finished base among the runs.
     """
@@ -419,7 +421,8 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     axes.grid(axis="y", visible=False)
     figure.supxlabel(
         f"validation accuracy less the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
-        "points\nbars: 95 % intervals; green: better, red: worse, grey: within noise"
+        "points\nbars: 95 % intervals, each by itself; green: better, red: worse, grey: within "
+        "noise, for all together"
     )
     epochs = counted(table.attrs["epochs"], "epoch")
     return _titled(figure, f"{title} · {epochs} · {table.attrs['data']}")
