@@ -7,17 +7,18 @@ VENV ?= .venv
 PY := "$(VENV)/bin/python"
 
 # Settings reach Python through the environment, as TINYCIFAR_<NAME>, and no shell reads them: quotes,
-# $ and backticks in a name arrive as they are. An empty setting means its default.
+# $ and backticks in a value arrive as they are. An empty setting means its default; what already is
+# in the environment under that name stays.
 SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE ONNX CSV RECIPES SEEDS STUDY JOBS FOLDER TO STORAGE THREADS HEARTBEAT PORT
 ON_THE_COMMAND_LINE := $(foreach name,$(SETTINGS),$(if $(findstring command,$(origin $(name))),$(name)))
 define pass_on
 override $(1) := $$(value $(1))
-export TINYCIFAR_$(1) := $$(value $(1))
+export TINYCIFAR_$(1) := $$(or $$(value $(1)),$$(value TINYCIFAR_$(1)))
 endef
 $(foreach name,$(SETTINGS),$(eval $(call pass_on,$(name))))
 
 # How long a waiting OpenMP thread spins before it sleeps. By default so long that a machine with
-# anything else to do trains ten times slower; much shorter, and a quiet one loses a third.
+# anything else to do trains many times slower; much shorter, and a quiet one loses speed.
 export GOMP_SPINCOUNT ?= 30000
 
 # `exec`: what stops make stops what it started.

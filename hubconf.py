@@ -11,7 +11,7 @@ from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar.checks import check_flag
 from tinycifar.weights import load_pretrained
 
-dependencies = ["torch", "numpy", "PIL", "filelock"]
+dependencies = ["torch", "numpy", "PIL", "filelock", "tqdm"]
 
 
 def net_cifar10_tiny(
@@ -21,7 +21,7 @@ def net_cifar10_tiny(
 
     Args:
         pretrained: True gives `load_pretrained(run)`: eval mode, with classes, mean and std.
-        run: as for `load_pretrained`, whose default None takes.
+        run: as for `load_pretrained`; None: its default, `tuned`.
         options: of a new network, see `NetCIFAR10_Tiny`.
 
     Raises:

@@ -4,12 +4,13 @@ import ast
 import importlib
 import re
 import subprocess
+import textwrap
 
 import pytest
 import torch
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
-from tinycifar import load_run, publish
+from tinycifar import load_run, publish, studies
 from tinycifar.costs import layer_costs, receptive_field
 from tinycifar.paths import CHECKOUT, RESULTS
 from tinycifar.recipes import RECIPES
@@ -126,6 +127,13 @@ def test_the_studies_of_the_pages_are_some(tmp_path):
     assert len(loaded[0].recipes) == 3 and len(loaded[0].seeds) == 3
     assert [study.search.trials for study in loaded[1:]] == [40, 40]
     assert len(search.splitlines()) <= 10
+
+
+def test_the_study_in_the_docstring_is_one(tmp_path):
+    block = re.search(r"(?m)^    about: .*?\n\n", studies.__doc__, re.DOTALL)[0]
+    (tmp_path / "mine.yaml").write_text(textwrap.dedent(block))
+    study = load_study(tmp_path / "mine.yaml")
+    assert len(study.recipes) == 3 and study.search.trials == 40 and study.search.confirm == 3
 
 
 def test_the_page_of_searches_names_what_there_is():

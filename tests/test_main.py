@@ -278,6 +278,9 @@ def test_settings_arrive_as_they_are(make, tmp_path, name):
     settings = dict.fromkeys(("IMAGE", "RUN", "RECIPE", "STUDY"), name)
     assert make("run-notebook", *map("=".join, settings.items()))[1] == settings
     assert make("run-notebook", **settings)[1] == settings
+    exported = {f"TINYCIFAR_{setting}": value for setting, value in settings.items()}
+    assert make("run-notebook", **exported)[1] == settings
+    assert make("run-notebook", "RUN=other", **exported)[1] == settings | {"RUN": "other"}
     assert not Path(tmp_path, "carried_out").exists()
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from tinycifar.weights import load_pretrained as load_pretrained
     from tinycifar.weights import predict as predict
 
-# How long a waiting OpenMP thread spins before it sleeps: by default so long that training is ten
-# times slower on a machine with anything else to do. It has to be said before torch is imported.
+# How long a waiting OpenMP thread spins before it sleeps, as in the Makefile. It has to be said
+# before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 # Name: the module that it is from, imported when the name is first asked for. So a part that needs

@@ -1,6 +1,6 @@
 """Networks beside the reference's, each written as one line.
 
-    BlueprintNet("16 24 36 36d2 48 48 64s2 64d2 64d3 64 64")
+    BlueprintNet(layout="16 24 36 36d2 48 48 64s2 64d2 64d3 64 64")
 
 A block mixes the channels first and looks around afterwards: pointwise 1x1, depthwise 3x3,
 BatchNorm, ReLU (blueprint separable convolutions: Haase and Amthor, 2020, arXiv:2003.13549).

@@ -45,7 +45,7 @@ class Recipe:
     schedule: str = "plateau"  # plateau, one_cycle, cosine or constant
     warmup: float = 0.2  # one_cycle, cosine: share of all steps spent rising to lr
     plateau_factor: float = 0.1
-    plateau_patience: int = 2  # epochs without a better selection loss before lr drops
+    plateau_patience: int = 2  # epochs without a better selection loss let pass; the next drops lr
     stop_patience: int | None = 6  # epochs without one before training stops; None: never
     min_delta: float = 1e-4  # what counts as better: for stopping, and for the epoch kept
 
@@ -237,8 +237,7 @@ def check_protocol(recipe: Recipe, protocol: str) -> None:
 def get_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
     """A preset by name (or a Recipe as it is), with `changes` applied.
 
-    None keeps what the recipe says, except where it says something itself: stop_patience, ema and
-    teacher can be switched off.
+    None means unchanged, but for stop_patience, ema and teacher, which it switches off.
 
     A changed preset is called after its changes, e.g. `quick-epochs=2`, so that no table passes
     it off as the preset.

@@ -8,7 +8,7 @@ A study is a file: a base recipe, and variations of it, a search, or both.
     about: What each part of the schedule is worth.
     base: baseline               # a recipe, see recipes.RECIPES
     always: {epochs: 12}         # changes of the base that all variations share
-    seeds: [0, 1, 2]             # [0], unless said; of a search one
+    seeds: [0]                   # [0], unless said; without a search, several
     variations:                  # name: changes
       one cycle: {schedule: one_cycle, lr: 0.2, stop_patience: null}
       no dilation: {dilated: false}
@@ -25,7 +25,8 @@ of its seeds an ordinary run directory, in runs/<name of the file>/; a trial of 
 by its number. The protocol is `val`: what is to be chosen is chosen on validation. How the runs
 are shared out, over processes and machines: trials.py, docs/searches.md.
 
-A net this small leaves most of a GPU idle; on a CPU one-thread runs side by side gain a little.
+On a CPU, one-thread runs side by side train somewhat more images a second than one run with all
+threads (docs/speed.md); on a GPU that isn't measured.
 """
 
 from __future__ import annotations
