@@ -126,19 +126,20 @@ def folded(model: nn.Module) -> Any:
     if model.training:
         raise ValueError("fuse takes a network in eval mode: call model.eval() first")
     model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            unrolled: Any = getattr(child, "unrolled", None)
-            if unrolled is not None:
-                setattr(parent, name, unrolled())
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d):
-                holder, key = parent, name
-            elif isinstance(child, nn.BatchNorm2d):
-                conv = fuse_conv_bn_eval(getattr(holder, key), child)
-                setattr(holder, key, conv.requires_grad_())  # also the bias, which is new
-                setattr(parent, name, nn.Identity())
+    for name, module in list(model.named_modules()):
+        unrolled: Any = getattr(module, "unrolled", None)
+        if unrolled is not None and not name:
+            model = unrolled()
+        elif unrolled is not None:
+            model.set_submodule(name, unrolled())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            last = name
+        elif isinstance(module, nn.BatchNorm2d):
+            conv: Any = model.get_submodule(last)
+            conv = fuse_conv_bn_eval(conv, module).requires_grad_()  # also the bias, which is new
+            model.set_submodule(last, conv)
+            model.set_submodule(name, nn.Identity())
     return model
 
 
@@ -159,9 +160,13 @@ class FusedNet(nn.Module):
         for node in self.function.graph.nodes:
             node.type = None  # annotations are strings here, which GraphModule can't pickle
             if node.op == "get_attr":  # from c1.0.0.weight, which is found module by module
-                tensor = self.function.get_parameter(node.target)
+                where, _, name = node.target.rpartition(".")
+                tensor = getattr(self.function.get_submodule(where), name)
                 node.target = node.target.replace(".", "_")
-                self.function.register_parameter(node.target, nn.Parameter(tensor))
+                if isinstance(tensor, nn.Parameter):
+                    self.function.register_parameter(node.target, nn.Parameter(tensor))
+                else:
+                    self.function.register_buffer(node.target, tensor.detach())
         self.function.delete_all_unused_submodules()
         self.function.recompile()
 

@@ -5,11 +5,13 @@ Most run directories are written here by hand, as run_directory.py and training.
 
 import json
 import math
+import shutil
 import statistics
 from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -19,13 +21,13 @@ from torch import nn
 
 import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny
-from tinycifar import analysis
+from tinycifar import analysis, publish
 from tinycifar import data as datasets
 from tinycifar.analysis.measures import augmented, gains
 from tinycifar.analysis.runs import plateau_rates
 from tinycifar.evaluation import evaluate
 from tinycifar.networks import BlueprintNet
-from tinycifar.paths import RESULTS
+from tinycifar.paths import CHECKOUT, RESULTS
 from tinycifar.recipes import RECIPES, Recipe, get_recipe
 from tinycifar.run_directory import HISTORY_COLUMNS, RunError
 from tinycifar.studies import load_study
@@ -223,9 +225,12 @@ def test_what_predictions_refuse(trained, tiny, write_run):
     with pytest.raises(ValueError, match="no validation images: its protocol is full"):
         analysis.predictions(full, tiny, "validation")
     unfinished = replace(trained, metrics=None)
+    trial = replace(trained, metrics=trained.metrics | {"test_acc": None})
     assert analysis.predictions(unfinished, tiny).title.startswith("validation")
-    for run, part in ((unfinished, "test"), (replace(full, metrics=None), None)):
-        with pytest.raises(ValueError, match="isn't finished, and the test set is used once"):
+    for run, part in ((unfinished, "test"), (trial, "test"), (replace(full, metrics=None), None)):
+        with pytest.raises(
+            ValueError, match="isn't finished, or is one trial of many: the test set is used once"
+        ):
             analysis.predictions(run, tiny, part)
     on_test = on_all | {"protocol": "test-selected"}
     on_test = analysis.predictions(replace(unfinished, config=on_test), tiny)
@@ -394,6 +399,16 @@ def test_the_study_figure_shows_each_variation(a_study):
     assert next(line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1) == 6
     assert "CIFAR-10" in texts(figure) and "no variation" not in texts(figure)
     assert "no variation is finished yet" in texts(analysis.plot_study(a_study[:2]))
+
+
+@pytest.mark.parametrize("name", sorted(publish.compared_studies()))
+def test_the_folder_of_a_published_study_is_enough(name):
+    """What `make study RUN=results/studies/<name>` shows."""
+    study = load_study(CHECKOUT / "studies" / f"{name}.yaml")
+    runs = analysis.study_runs(study, RESULTS / "studies" / name)
+    published = analysis.published_study(name)
+    assert [run.folder for run in runs] == [run.folder for run in published]
+    assert analysis.study_table(runs)["variation"][0] == "base"
 
 
 def test_a_published_study_has_its_runs_wherever_they_are():
@@ -599,17 +614,35 @@ def test_separable_table():
         assert table.loc["c4.0", f"standard_{what}"] == strided[what]
         assert table.loc["whole network", f"standard_{what}"] == standard[what].sum()
     none = analysis.separable_table(NetCIFAR10_Tiny(separable=False))
-    assert "no separable" in analysis.markdown(none)
+    assert "no block of the kind" in analysis.markdown(none)
+    folded = analysis.separable_table(load_pretrained("int8")).set_index("block")
+    assert folded.loc["these blocks", "parameters"] < table.loc["whole network", "parameters"]
 
 
 def test_fields_and_dilation():
     fields = analysis.field_table(NetCIFAR10_Tiny())["receptive_field"]
     assert (fields.iloc[0], fields.iloc[-1]) == (3, 45)
-    table = analysis.dilation_table()
+    table = analysis.dilation_table(NetCIFAR10_Tiny())
     assert table["receptive_field"].tolist() == [45, 31]
     assert table["sees_all"].tolist() == [49, 0] and table["positions"].tolist() == [256, 256]
     assert table["parameters"].tolist() == [36_170, 36_170]
-    assert analysis.dilation_table(width=2, dilated=False)["receptive_field"][0] == 45
+    flat = analysis.dilation_table(NetCIFAR10_Tiny(dilated=False))
+    assert flat["receptive_field"].tolist() == [31, 31]
+    chain = analysis.dilation_table(BlueprintNet(layout="8 8k5d2 8s2 8d3"))
+    assert chain["receptive_field"].tolist() == [25, 13]
+
+
+def test_a_chain_of_blocks_is_shown_by_the_size_of_its_maps():
+    net = BlueprintNet(layout="8 8 16s2 16x2", attention="eca")
+    layers = analysis.layer_table(net).set_index("layer")
+    stages = ["stem", "blocks, 32 px", "blocks, 16 px", "head"]
+    assert list(dict.fromkeys(layers["stage"])) == stages
+    attention = layers.loc["blocks.1.attention.conv"]
+    assert attention[["kind", "channels", "side"]].tolist() == ["attention", 16, 16]
+    ticks = analysis.plot_costs(net).axes[0].get_xticklabels()
+    assert [t.get_text() for t in ticks] == stages
+    labels = [t.get_text() for t in analysis.plot_receptive_field(net).axes[0].get_xticklabels()]
+    assert labels[2] == "1.dw\nstride 2"
 
 
 def test_which_positions_see_the_whole_image_by_their_gradients():
@@ -911,8 +944,12 @@ def test_accuracy_vs_cost_leaves_out_what_is_not_comparable(write_run):
         write_run("d", limit=1000, test_acc=33.0),
         write_run("e", seed=2, finished=False),
     ]
+    trial = write_run("f", seed=3)
+    runs.append(replace(trial, metrics=trial.metrics | {"test_acc": None}))
     text = texts(analysis.plot_accuracy_vs_cost(runs))
-    assert "quick · val: 88.50 (88.00, 89.00), n = 2" in text and "Left out: 3 runs" in text
+    assert "quick · val: 88.50 (88.00, 89.00), n = 2" in text and "Left out: 4 runs" in text
+    # A mean of two would be called one of three.
+    assert analysis.runs_table([*runs[:2], runs[-1]])["test_acc"].isna().all()
     assert "99.00" not in text and "33.00" not in text and "Tiniest" in text
     alone = texts(analysis.plot_accuracy_vs_cost(runs[0]))
     assert "quick · val: 88.00, n = 1" in alone
@@ -981,6 +1018,14 @@ def test_a_search_is_read_and_drawn(search_folder, monkeypatch):
         assert "NOT CIFAR-10" in figure.get_suptitle()
         plt.close(figure)
     assert dict(plt.rcParams) == before
+    for name in ("c#1", "what?", "d%41", "a b"):
+        (odd := folder.parent / name).mkdir()
+        shutil.copy(folder / "trials.db", odd)
+        found = analysis.load_search(file, odd)
+        assert len(found.trials) == 5 and len(list(odd.iterdir())) == 1
+    new = optuna.create_study(study_name="new")
+    new.set_user_attr("made_for", search.user_attrs["made_for"])
+    assert "no two trials" in texts(analysis.plot_search(new))
     with pytest.raises(ValueError, match="unknown figure 'pie'; valid: history, epochs"):
         analysis.plot_search(search, "pie")
     with pytest.raises(FileNotFoundError, match=r"no search at .*begin it with make sweep"):

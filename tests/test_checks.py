@@ -17,6 +17,7 @@ def test_a_number_in_range_is_returned_as_it_is(value):
     ("check", "value", "plain"),
     [
         (check_number, np.float32(0.5), 0.5),
+        (check_number, np.float64(0.5), 0.5),  # which is a float as well
         (check_number, np.int64(1), 1.0),
         (check_whole, np.int64(7), 7),
         (check_whole, np.uint8(7), 7),

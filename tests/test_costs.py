@@ -13,6 +13,7 @@ NETWORKS = {
     "reference": NetCIFAR10_Tiny,
     "standard": lambda: NetCIFAR10_Tiny(separable=False, width=0.5),
     "blueprint": lambda: BlueprintNet(layout="8 16s2 16d2", skips="all"),
+    "attention": lambda: BlueprintNet(layout="8 16s2 16x2", attention="eca"),
 }
 
 

@@ -1,5 +1,7 @@
 """loaders.py: which images come, in which order, augmented how, and the same every time."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,17 @@ def test_any_number_of_workers_gives_the_same_bits(tiny, build):
         for batches in others:
             for (images, labels), (images2, labels2) in zip(alone, batches, strict=True):
                 assert torch.equal(images, images2) and torch.equal(labels, labels2)
+
+
+@pytest.mark.parametrize("build", SAMPLERS)
+def test_a_worker_has_the_policy_that_the_run_has(tiny, build, monkeypatch):
+    """A spawned process has only the policies of augment.py."""
+    with monkeypatch.context() as patch:
+        patch.setitem(augment.POLICIES, "flip", augment.Policy(flip=1.0))
+        recipe = get_recipe(SMALL, build=build, policy="flip")
+        dataset = loader(recipe, tiny).loader.dataset
+    again = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(again[1, i][0], dataset[1, i][0]) for i in range(8))
 
 
 def test_alternate_flips_show_each_image_both_ways_in_two_epochs(tiny, monkeypatch):

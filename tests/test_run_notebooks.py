@@ -276,7 +276,9 @@ def test_analysis_needs_a_run_and_takes_what_everything_takes(executed, tmp_path
         run_notebooks(["analysis"], tmp_path / "typo")
     with pytest.raises(FileNotFoundError, match=r"no run in .*runs/quick-val-seed987: train it"):
         run_notebooks(["analysis"], None, {"seed": 987})
-    assert not executed
+    with pytest.raises(FileNotFoundError, match=r"no folder .*typo: name that of a study's runs"):
+        run_notebooks(["study"], tmp_path / "typo")
+    assert not executed and not (tmp_path / "typo").exists()
     run_notebooks(["analysis"], "tuned")
     assert absolute(given(executed)["run_dir"]) == run_directory.find_run("tuned")
 

@@ -340,6 +340,12 @@ def test_only_true_ends_a_run(tiny, tmp_path):
     assert len(history(tmp_path / "r")) == 3
 
 
+def test_a_true_of_numpys_ends_a_run_too(tiny, tmp_path):
+    stop = lambda row: np.float64(row["val_acc"]) >= 0  # noqa: E731
+    train(SMALL, tmp_path / "r", dataset=tiny, progress=False, on_epoch=stop)
+    assert len(history(tmp_path / "r")) == 1
+
+
 def test_an_error_of_on_epoch_leaves_a_run_that_resumes_to_the_same_bits(tiny, tmp_path):
     def failing(row):
         if row["epoch"] == 2:
@@ -390,7 +396,24 @@ def test_a_run_goes_on_with_the_teacher_it_had(tiny, tmp_path):
     with pytest.raises(RunError, match="teacher_sha256 is"):
         train(taught, tmp_path / "r", dataset=tiny, progress=False)
     (tmp_path / "t" / "metrics.json").unlink()
-    with pytest.raises(RunError, match="isn't finished: finish its run first"):
+    with pytest.raises(RunError, match="isn't finished, or lost its weights: finish"):
+        train(taught, tmp_path / "new", dataset=tiny)
+
+
+def test_a_teacher_that_cannot_teach_is_named(tiny, tmp_path):
+    taught = get_recipe(ONE_EPOCH, teacher=str(tmp_path / "t"), name="taught")
+    train(ONE_EPOCH, tmp_path / "t", dataset=tiny, progress=False)
+    with pytest.raises(ValueError, match="can't be its own teacher"):
+        train(taught, tmp_path / "t", dataset=tiny, force=True)
+    assert RunDirectory(tmp_path / "t").is_finished
+    int8 = get_recipe(ONE_EPOCH, teacher=str(tmp_path / "t"), int8=True, name="int8")
+    train(int8, tmp_path / "int8", dataset=tiny, progress=False)
+    again = get_recipe(int8, teacher=str(tmp_path / "int8"))
+    with pytest.raises(ValueError, match="is an int8 network already"):
+        train(again, tmp_path / "twice", dataset=tiny)
+    train(get_recipe(again, int8=False), tmp_path / "by_int8", dataset=tiny, progress=False)
+    (tmp_path / "t" / "best.pt").unlink()
+    with pytest.raises(RunError, match="isn't finished, or lost its weights"):
         train(taught, tmp_path / "new", dataset=tiny)
 
 
@@ -399,6 +422,8 @@ def test_a_finished_run_outlives_its_teacher(tiny, tmp_path):
     folder = tmp_path / run_name(taught, "val", 0)
     train(ONE_EPOCH, tmp_path / "t", dataset=tiny, progress=False)
     metrics = train(taught, folder, dataset=tiny, progress=False)
+    (tmp_path / "t" / "best.pt").unlink()
+    assert train(taught, folder, dataset=tiny, progress=False) == metrics
     shutil.rmtree(tmp_path / "t")
     assert train(taught, folder, dataset=tiny, progress=False) == metrics
     assert train_many([taught], folder=tmp_path, dataset=tiny, progress=False) == [metrics]
@@ -572,7 +597,9 @@ def test_a_run_may_leave_the_test_set_alone_until_it_is_asked_for(tiny, tmp_path
     assert without == again
     assert [k for k, v in without.items() if v is None and whole[k] is not None] == TESTED
     kept = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    added = train(SMALL, tmp_path / "run", dataset=tiny, progress=False)
+    # Another version of torch may lay out files otherwise.
+    with torch.utils.serialization.config.patch({"save.storage_alignment": 128}):
+        added = train(SMALL, tmp_path / "run", dataset=tiny, progress=False)
     assert {k: added[k] for k in TESTED} == {k: whole[k] for k in TESTED}
     assert {k: v for k, v in added.items() if k not in TESTED} == {
         k: v for k, v in without.items() if k not in TESTED
@@ -617,6 +644,28 @@ def test_the_callers_random_stream_and_settings_are_left_alone(tiny, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_training_seeds_no_device_but_its_own(tiny, tmp_path, monkeypatch):
+    for device in (torch.cuda, torch.mps):
+        monkeypatch.delattr(device, "manual_seed")
+    monkeypatch.delattr(torch.cuda, "manual_seed_all")
+    train(ONE_EPOCH, tmp_path / "r", dataset=tiny, progress=False)
+
+
+def test_the_callers_precision_is_not_the_recipes(tiny, tmp_path):
+    train(ONE_EPOCH, tmp_path / "alone", dataset=tiny, progress=False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        train(ONE_EPOCH, tmp_path / "within", dataset=tiny, progress=False)
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+    assert_same_outcome(tmp_path / "alone", tmp_path / "within")
 
 
 def test_the_callers_autocast_is_not_the_recipes_precision(tiny, tmp_path):

@@ -74,6 +74,13 @@ def test_the_network_is_the_one_that_the_run_trained(write_run):
     assert isinstance(loaded, BlueprintNet) and torch.equal(loaded(x), net(x))
 
 
+def test_an_int8_run_is_fused_too():
+    net, x = load_pretrained("int8"), torch.randn(2, 3, 16, 16)
+    fused = fuse(net)
+    torch.testing.assert_close(fused(x), net(x), rtol=0, atol=1e-5)
+    assert len(list(fused.parameters())) == len(list(net.parameters()))
+
+
 def test_a_presets_name_loads_its_published_weights():
     published = torch.load(RESULTS / "tuned-seed0" / "best.pt", weights_only=True)
     for loaded in (load_pretrained(), load_pretrained("tuned"), load_pretrained("tuned-seed0")):
@@ -94,7 +101,9 @@ def test_an_unknown_run_is_named():
         load_pretrained("nowhere")
 
 
-@pytest.mark.parametrize("changes", [{"model": {"depth": 3}}, {"mean": None}, {"model": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"model": {"depth": 3}}, {"model": {"layout": 5}}, {"mean": None}, {"model": 3}]
+)
 def test_a_config_that_describes_no_network_is_named(write_run, changes):
     says = r"config\.json (is not the config\.json of a run|was not written by train)"
     with pytest.raises(ValueError, match=says):

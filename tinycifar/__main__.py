@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -315,6 +316,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Carry out a command line; what goes wrong ends it with one line."""
     command = typer.main.get_command(app)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it the way Ctrl-C does
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where Windows' code page lacks a sign
     try:
         arguments = _arguments(sys.argv[1:] if argv is None else argv)
         with command.make_context("python -m tinycifar", arguments or ["--help"]) as context:

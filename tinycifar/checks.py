@@ -30,7 +30,7 @@ def _checked(
     name: str, value: Any, kind: Any, plain: Any, noun: str, low: float, high: float, other: str
 ) -> Any:
     if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:
-        return value if isinstance(value, (int, float)) else plain(value)
+        return value if type(value) in (int, float) else plain(value)  # NumPy's float64 is a float
     limits = f"of {low:,} or more" if high == math.inf else f"from {low:,} to {high:,}"
     other = f" or {other}" if other else ""
     raise ValueError(f"{name} must be {noun} {limits}{other}; got {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,8 @@ def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
         again = any(row.name == name for row in rows)
         params = sum(p.numel() for p in module.parameters() if p.requires_grad and not again)
         macs = 0
-        if isinstance(module, nn.Conv2d):
-            macs = module.weight.numel() * out.shape[-2] * out.shape[-1]
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            macs = module.weight.numel() * math.prod(out.shape[2:])
         if params or macs:
             rows.append(LayerCost(name, type(module).__name__, tuple(out.shape[1:]), params, macs))
     return rows
@@ -61,7 +62,8 @@ def receptive_field(model: nn.Module, size: int = 32) -> list[Field]:
 
     Layer by layer field += (kernel - 1) * dilation * jump, then jump *= stride (Araujo et al.,
     "Computing Receptive Fields of Convolutional Neural Networks", Distill, 2019). Holds for
-    networks that are one chain of square layers, as this one is.
+    networks that are one chain of square layers, as this one is. Not counted are the pooling of a
+    shortcut and channel attention, whose means are of the whole image.
 
     Raises:
         ValueError: a layer isn't called as a module, as those of a fused network.

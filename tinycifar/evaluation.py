@@ -91,30 +91,37 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class _FullPrecision:
-    """What `full_precision` has in use, and what it gives back."""
-
-    lock, users, before = threading.Lock(), 0, (None,) * 3
+_CUDNN: Any = torch.backends.cudnn
+_MKLDNN: Any = torch.backends.mkldnn
+_SETTINGS: tuple[tuple[Any, str, Any], ...] = (
+    (_CUDNN.conv, "fp32_precision", "ieee"),  # by default rounded to TF32
+    (_CUDNN, "deterministic", True),
+    (_CUDNN, "benchmark", False),
+    (_MKLDNN.matmul, "fp32_precision", "ieee"),  # of 1x1 convolutions as well
+)
+_lock = threading.Lock()
+_before: list[list[Any]] = []  # what the settings were, once for each that uses them now
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions on a GPU are deterministic and in float32; by default they round to TF32.
+    """Convolutions are in float32, whatever the caller has set, and on a GPU deterministic.
 
     These switches are the whole process's: of several threads the first sets them, and the last
     gives them back.
     """
-    cudnn: Any = torch.backends.cudnn
-    state = _FullPrecision
-    with state.lock:
-        state.users += 1
-        if state.users == 1:
-            state.before = cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
-            cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = "ieee", True, False
+    with _lock:
+        _before.append([getattr(holder, name) for holder, name, _ in _SETTINGS])
+        for holder, name, value in _SETTINGS:
+            setattr(holder, name, value)
     try:
         yield
     finally:
-        with state.lock:
-            state.users -= 1
-            if not state.users:
-                cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = state.before
+        with _lock:
+            # The first found what the caller had set.
+            first = _before.pop(0)
+            if _before:
+                _before[0] = first
+            else:
+                for (holder, name, _), value in zip(_SETTINGS, first, strict=True):
+                    setattr(holder, name, value)

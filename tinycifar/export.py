@@ -85,7 +85,7 @@ def export(
         written. ValueError: the run's files can't be used, or the images aren't 32 x 32.
     """
     ort = _needed()
-    source, int8_source = _sources(RunDirectory(find_run(run)))
+    source, int8_source = sources(run)
     config, into = source.config(), absolute(folder)
     _require_writable(into)
     network = load_network(source)
@@ -108,7 +108,7 @@ def export(
     elif progress:
         print(f"{FILES[1]} isn't written: that takes the images of {config['dataset']}.")
 
-    rows, runs = [], (source, int8_source or source)
+    rows, contents, runs = [], {}, (source, int8_source or source)
     sessions = {name: ort_session(model) for name, model in models.items()}
     times = in_turns_by_batch(sessions, images)
     for (name, model), of in zip(models.items(), runs, strict=False):
@@ -123,7 +123,7 @@ def export(
         row["agreement"] = 100 * float((given.argmax(1) == float_answers.argmax(1)).mean())
         row |= {"bytes": len(content), "microseconds": times[name]}
         rows.append(row | {"sha256": hashlib.sha256(content).hexdigest()})
-        write_file(into / name, content)
+        contents[name] = content
     result = {
         "compared_on": data.title,
         "opset": OPSET,
@@ -133,7 +133,9 @@ def export(
         "vnni": bool(torch.cpu.get_capabilities().get("avx512_vnni")),
         "files": rows,
     }
-    write_file(into / FILES[2], (json.dumps(result, indent=2) + "\n").encode())
+    contents[FILES[2]] = (json.dumps(result, indent=2) + "\n").encode()
+    for name, content in contents.items():  # once all are made
+        write_file(into / name, content)
     if progress:
         print(f"Written into {shown(into)}:\n\n{table(result)}")
     return result
@@ -174,23 +176,26 @@ def _needed() -> Any:
         ) from error
 
 
-def _sources(run: RunDirectory) -> tuple[RunDirectory, RunDirectory | None]:
-    """The run of the float file, and that of the int8 one if there is one."""
-    if not run.is_finished:
-        raise RunError(f"{shown(run.path)} isn't finished: finish its run first, then export it")
-    recipe = run.config()["recipe"]
+def sources(run: str | Path) -> tuple[RunDirectory, RunDirectory | None]:
+    """The run of the float file, and that of the int8 one if there is one; see `export`."""
+    given = RunDirectory(find_run(run))
+    if not given.is_finished or given.metrics()["test_acc"] is None:
+        raise RunError(
+            f"{shown(given.path)} isn't finished and tested: finish its run first, then export it"
+        )
+    recipe = given.config()["recipe"]
     if not recipe["int8"]:
         files = sorted(RESULTS.glob("*int8*/config.json"))
         published = (RunDirectory(file.parent) for file in files)
-        same = (r for r in published if r.config().get("teacher_sha256") == run.checksum())
-        return run, next(same, None)
+        same = (r for r in published if r.config().get("teacher_sha256") == given.checksum())
+        return given, next(same, None)
     teacher = RunDirectory(find_run(recipe["teacher"]))
-    if teacher.checksum() != run.config()["teacher_sha256"]:
+    if teacher.checksum() != given.config()["teacher_sha256"]:
         raise RunError(
-            f"{shown(run.path)} started from other weights than those of {recipe['teacher']!r} "
+            f"{shown(given.path)} started from other weights than those of {recipe['teacher']!r} "
             "now: get these again, or train the run again"
         )
-    return teacher, run
+    return teacher, given
 
 
 def _require_writable(folder: Path) -> None:
@@ -218,7 +223,7 @@ def int8_network(run: str | Path, data: Data) -> Any:
 
     Arguments, and what is raised: see `export`; `data` is what the run was trained on.
     """
-    source, int8_source = _sources(RunDirectory(find_run(run)))
+    source, int8_source = sources(run)
     if int8_source is not None:
         return load_network(int8_source)
     network = load_network(source)

@@ -121,7 +121,8 @@ def image_files(*names: str | os.PathLike[str]) -> list[Path]:
     for path in map(Path, names):
         found = [path]
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if _is_image(file.relative_to(path)))
+            inside = (file for file in path.rglob("*") if file.is_file())
+            found = sorted(file for file in inside if _is_image(file.relative_to(path)))
             if not found:
                 raise FileNotFoundError(f"no images in {path}: looked for {', '.join(SUFFIXES)}")
         files += found
@@ -176,7 +177,7 @@ def write_csv(
     from tqdm import tqdm
 
     if isinstance(to, io.TextIOWrapper):
-        to.reconfigure(errors="surrogateescape")  # names of files needn't be UTF-8
+        to.reconfigure(encoding="utf-8", errors="surrogateescape")  # for any name of a file
     rows = csv.writer(to, lineterminator="\n")
     rows.writerow(["path", "class", "probability", *network.classes])
     skipped = 0

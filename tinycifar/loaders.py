@@ -6,7 +6,7 @@ Randomness is keyed by (seed, epoch, batch or sample), never by which worker cam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,9 @@ class Loader:
         self, recipe: Recipe, seed: int, splits: DataSplits, device: torch.device, workers: int
     ):
         self.recipe, self.seed, self.splits, self.device = recipe, seed, splits, device
-        self.transform = self.make_transform(recipe.policy, splits.stats.mean, splits.stats.std)
         self.workers = workers
-
-    def make_transform(self, policy: str, mean: Sequence[float], std: Sequence[float]) -> Any:
-        raise NotImplementedError
+        # The policy itself: a worker process may have others in its own augment.POLICIES.
+        self.how = augment.get_policy(recipe.policy), splits.stats.mean, splits.stats.std
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, counted from 1; the last one may be smaller.
@@ -70,13 +68,11 @@ class BatchedLoader(Loader):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
+        self.transform = augment.Batched(*self.how).to(self.device)
         self.images, self.labels = (t.to(self.device) for t in self.splits.train)
         # Which images are mirrored in even epochs, where flips alternate.
         generator = torch.Generator().manual_seed(key(self.seed, 0, 0, 1))
         self.mirrored = torch.rand(len(self.labels), generator=generator) < 0.5
-
-    def make_transform(self, policy: str, mean: Sequence[float], std: Sequence[float]) -> Any:
-        return augment.Batched(policy, mean, std).to(self.device)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         size, order = self.recipe.batch_size, self.order(epoch)
@@ -102,18 +98,16 @@ class PerSampleLoader(Loader):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
+        transform = augment.per_sample(*self.how, self.recipe.build)
         # (epoch, index) of each image, so that a worker knows which epoch it draws for.
         self.items: list[tuple[int, int]] = []
         self.loader = DataLoader(
-            _KeyedDataset(*self.splits.train, self.transform, self.seed),
+            _KeyedDataset(*self.splits.train, transform, self.seed),
             batch_size=self.recipe.batch_size,
             sampler=self.items,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
-
-    def make_transform(self, policy: str, mean: Sequence[float], std: Sequence[float]) -> Any:
-        return augment.per_sample(policy, mean, std, self.recipe.build)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.items[:] = [(epoch, i) for i in self.order(epoch).tolist()]

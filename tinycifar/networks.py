@@ -47,7 +47,7 @@ class ChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        means = x.float().mean((2, 3))
+        means = x.to(self.conv.weight.dtype).mean((2, 3))  # float32 in mixed precision
         weights = self.conv(means[:, None])[:, 0].sigmoid()
         return x * weights[:, :, None, None].to(x.dtype)
 
@@ -176,11 +176,12 @@ def read_layout(layout: str) -> list[Layer]:
     """The layers that a layout names; what it doesn't say of them is a Layer's default."""
     pattern = r"([1-9]\d*)(?:k([1357]))?(?:s([1-9]))?(?:d([1-9]))?(?:x([1-9]))?"
     words = [re.fullmatch(pattern, word) for word in layout.split()]
-    parts = [word.groups() for word in words if word]
+    parts = [word.groups() for word in words if word and len(word[1]) < 5]
     if len(parts) < max(2, len(words)):
         raise ValueError(
-            "a layout names the channels of each layer, with k5 for a kernel, s2 for a stride, d2 "
-            f"for a dilation and x2 for two uses, e.g. '16 24 24d2 32s2 32x2'; got {layout!r}"
+            "a layout names the channels of each layer, up to 9999, with k5 for a kernel, s2 for a "
+            "stride, d2 for a dilation and x2 for two uses, e.g. '16 24 24d2 32s2 32x2'; got "
+            f"{layout!r}"
         )
     return [
         Layer(int(channels), int(kernel or 3), *(int(part or 1) for part in rest))

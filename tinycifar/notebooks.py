@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tinycifar.checks import explained
-from tinycifar.paths import CHECKOUT, shown
+from tinycifar.paths import CHECKOUT, absolute, shown
 
 NOTEBOOKS = (CHECKOUT or Path.cwd()) / "notebooks"
 ALL = ("stats", "training", "analysis")
@@ -170,6 +170,8 @@ def _folder(names: list[str], trains: bool, given: str, default: str) -> Path:
         return find_run(given)
     if names == ["study"] and not given:
         raise ValueError("name the folder of a study's runs: make study RUN=runs/mine")
+    if names == ["study"] and not absolute(given).is_dir():
+        raise FileNotFoundError(f"no folder {absolute(given)}: name that of a study's runs")
     folder = new_run(given or f"runs/{'tour' if names == [TOUR] else default}")
     if reads and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no run in {folder}: train it first, or name another RUN")

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -28,6 +29,7 @@ from tinycifar.data import Data, load, title
 from tinycifar.evaluation import evaluate
 from tinycifar.paths import CHECKOUT, RESULTS, shown
 from tinycifar.recipes import RECIPES
+from tinycifar.run_directory import write_file
 from tinycifar.studies import load_study
 from tinycifar.weights import load_pretrained
 
@@ -62,8 +64,9 @@ def rebuild() -> None:
     """Fill the tables and the numbers of all pages, and draw all figures."""
     plt.switch_backend("Agg")
     now = contents()
-    for page in pages():
-        page.write_text(filled(page.read_text(encoding="utf-8"), now), encoding="utf-8")
+    renewed = {page: filled(page.read_text(encoding="utf-8"), now) for page in pages()}
+    for page, text in renewed.items():  # all or none
+        write_file(page, text.encode())
         print(shown(page))
     for file, figure in _figures():
         figure.savefig(file, dpi=110)
@@ -188,7 +191,7 @@ def _reference_values(runs: list[Run]) -> dict[str, str]:
     """How the published run starts beside ours; and what 5,000 images can tell."""
     published, *ours = (run.history["train_acc"][1:5].mean() for run in _baselines(runs))
     tuned = [r for r in runs if r.recipe["name"] == "tuned" and r.protocol == "val"]
-    right = sum(r.metrics["val_acc"] for r in tuned if r.metrics) / len(tuned) / 100
+    right = fmean(r.metrics["val_acc"] for r in tuned if r.metrics) / 100
     error = 100 * math.sqrt(right * (1 - right) / tuned[0].config["split"]["selection"])
     return {
         "start.lead": f"{published - max(ours):.1f} to {published - min(ours):.1f}",

@@ -55,7 +55,8 @@ class Recipe:
     teacher: str | None = None  # a run to learn from, for load_pretrained; None: labels alone
     teaching: float = 0.5  # the teacher's share of the loss, beside the labels'
     temperature: float = 4.0  # softens what both say before the two are compared
-    int8: bool = False  # go on from the teacher's weights, with simulated int8 arithmetic
+    int8: bool = False  # go on from the teacher's weights, with simulated int8 arithmetic; where
+    # convolutions are used twice, each use goes on with weights of its own
 
     policy: str = "reference"  # a name in augment.POLICIES
     build: str = "batched"  # who makes the batches: batched, albumentations or torchvision
@@ -79,8 +80,9 @@ class Recipe:
                 if value is not None or not none:
                     value = check(name, value, low, high, *none)
                     object.__setattr__(self, name, value)  # one of NumPy's as a plain one
-        for name in ("decay_all", "dirac", "alternate_flip", "int8", "dilated", "separable"):
-            check_flag(name, getattr(self, name))
+        for field in fields(self):
+            if field.type == "bool":
+                check_flag(field.name, getattr(self, field.name))
         for name, valid in _CHOICES.items():
             check_choice(name, getattr(self, name), valid)
         if not isinstance(self.policy, str):
@@ -100,7 +102,9 @@ class Recipe:
             with torch.device("meta"):  # where no random numbers are drawn
                 make_network(10, self.model_options)  # raises if it can't be built
         if not isinstance(self.teacher, str | None):
-            raise ValueError(f"teacher must be a run's name, a path or None; got {self.teacher!r}")
+            raise ValueError(
+                f"teacher must be a run's name or path, as text, or None; got {self.teacher!r}"
+            )
         if self.int8 and (self.teacher is None or self.precision != "float32"):
             raise ValueError(
                 "int8 takes a teacher, whose weights it starts from, and precision 'float32'; got "
@@ -164,7 +168,7 @@ _CHOICES = {
     "precision": ("float32", "bfloat16"),
     "build": augment.BUILDS,
 }
-_CAN_BE_NONE = ("stop_patience", "ema", "teacher")
+_CAN_BE_NONE = [field.name for field in fields(Recipe) if "None" in str(field.type)]
 
 
 # The published reference's, number for number.
@@ -254,5 +258,5 @@ def get_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
     changed = {k: v for k, v in changes.items() if v != getattr(recipe, k)}
     if changed and "name" not in changes:
         settings = ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
-        changed["name"] = re.sub(r"[/\\]", "_", f"{recipe.name}-{settings}")  # names a folder
+        changed["name"] = re.sub(r'[<>:"/\\|?*]', "_", f"{recipe.name}-{settings}")  # a folder's
     return replace(recipe, **changed)

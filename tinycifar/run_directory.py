@@ -312,7 +312,8 @@ class RunDirectory:
                         f"{self.path} was begun by an earlier version of this code: finish it with "
                         "that one, give another name, or remove the folder"
                     )
-                self._write_derived(state)  # a kill may have come between last.pt and these
+                if not self.is_finished:  # a kill may have come between last.pt and these
+                    self._write_derived(state)
             yield state
 
     def save(self, state: dict[str, Any]) -> None:
@@ -555,7 +556,7 @@ def identity(
 
 
 # What changes the digits, beside the run's identity; on a GPU `device` names it.
-_CONDITIONS = "threads instructions device torch numpy libraries compile git_commit"
+_CONDITIONS = "threads instructions bfloat16 device torch numpy libraries compile git_commit"
 
 
 def conditions(recipe: Recipe, device: torch.device, compile: bool | str) -> dict[str, Any]:
@@ -569,6 +570,9 @@ def conditions(recipe: Recipe, device: torch.device, compile: bool | str) -> dic
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": [
+            name for name, able in torch.cpu.get_capabilities().items() if able and "bf16" in name
+        ],
         "torch": torch.__version__,
         "numpy": np.__version__,
         "libraries": _libraries(recipe),

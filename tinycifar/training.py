@@ -21,13 +21,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
+from tiny_cifar10_net import fuse
 from tinycifar import optim
 from tinycifar.acceleration import CompiledNetwork, Memory, peak_memory
 from tinycifar.checks import check_choice, check_flag, check_whole
@@ -129,6 +130,8 @@ def settle(
     if recipe.teacher is not None:
         with suppress(FileNotFoundError):  # a finished run needs it no more; see require_teacher
             teacher = RunDirectory(find_run(recipe.teacher))
+            if not (teacher.path / "best.pt").is_file():
+                teacher = None
     who = identity(recipe, seed, protocol, splits.data, teacher)
     return Experiment(recipe, seed, splits, chosen, workers, compile, teacher, who)
 
@@ -176,8 +179,10 @@ def require_teacher(experiment: Experiment) -> None:
     if name is None:
         return
     teacher = _teacher(experiment)
-    if not teacher.is_finished:
-        raise RunError(f"teacher {name!r} isn't finished: finish its run first")
+    if not (teacher.is_finished and (teacher.path / "best.pt").is_file()):
+        raise RunError(
+            f"teacher {name!r} isn't finished, or lost its weights: finish its run first"
+        )
     saw = teacher.config()
     if (saw["protocol"], saw["data_sha256"]) != (splits.protocol, splits.data.checksum):
         raise ValueError(
@@ -186,6 +191,8 @@ def require_teacher(experiment: Experiment) -> None:
             f"{splits.data.title}, as here, so that it passes on nothing that is held back"
         )
     options = experiment.recipe.model_options
+    if experiment.recipe.int8 and saw["model"].get("int8"):
+        raise ValueError(f"teacher {name!r} is an int8 network already: name the one it came from")
     if experiment.recipe.int8 and saw["model"] | {"int8": True} != options:
         raise ValueError(
             f"teacher {name!r} is another network, {saw['model']}: int8 goes on from its weights, "
@@ -235,7 +242,8 @@ def train(
             that the run feeds COMPILE_FROM images of. It changes the speed, and of the numbers
             only what rounding changes; a resumed run is to have the same.
         on_epoch: called with the row of history.csv after each epoch, those that a resumed run
-            finds done included; if it returns True the run ends there, as one that stopped early.
+            finds done included (of a finished run none); if it returns True the run ends there, as
+            one that stopped early.
             An exception that it raises ends the call and leaves the run unfinished.
         test: False leaves the test set alone, as a search does: what metrics.json holds of it is
             None, until the same call with True adds it.
@@ -259,6 +267,8 @@ def train(
             print("This run is finished, and kept: FORCE=1 (force=True) trains it again.")
         return _tested(run, experiment) if test and metrics["test_acc"] is None else metrics
     require_teacher(experiment)
+    if experiment.teacher and experiment.teacher.path.resolve() == run.path.resolve():
+        raise ValueError(f"{run.path} can't be its own teacher: give another run_dir")
     with deterministic(experiment.device):
         # Before anything is replaced: a missing library or too little memory shows here.
         trainer = Trainer(experiment, progress)
@@ -329,7 +339,7 @@ class Trainer:
     def __init__(self, experiment: Experiment, progress: bool = False):
         recipe, splits, device = experiment.recipe, experiment.splits, experiment.device
         self.experiment, self.progress = experiment, progress
-        torch.manual_seed(key(experiment.seed))
+        _seed(key(experiment.seed), device)
         model: Any = make_network(len(splits.data.classes), recipe.model_options)
         if recipe.dirac:
             optim.dirac(model)
@@ -341,11 +351,10 @@ class Trainer:
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
         self.teacher: nn.Module | None = None
         if recipe.teacher is not None:
-            teacher: Any = load_network(_teacher(experiment))
+            teacher = load_network(_teacher(experiment))
             if not _all_finite(teacher.state_dict().values()):
                 raise RunError(f"teacher {recipe.teacher!r} diverged: its weights aren't finite")
-            teacher = fuse(teacher) if isinstance(teacher, NetCIFAR10_Tiny) else teacher
-            self.teacher = teacher.to(device, memory_format=torch.channels_last)
+            self.teacher = fuse(teacher).to(device)
         self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
         self.optimizers = optim.optimizers(recipe, self.model)
         self.schedules = [
@@ -380,7 +389,7 @@ class Trainer:
         For `on_epoch`, and when training stops, see `train`. Raises: see `train_epoch`.
         """
         epochs = self.experiment.recipe.epochs
-        stop = [on_epoch(row) is True for row in self.history] if on_epoch else []
+        stop = [_is_true(on_epoch(row)) for row in self.history] if on_epoch else []
         with _bar(total=epochs, unit="epoch", on=self.progress) as bar:
             bar.update(len(self.history))
             while not (self.stopped or any(stop)):
@@ -390,7 +399,7 @@ class Trainer:
                     bar.clear()
                     print(_line(row, epochs), flush=True)
                 bar.update()
-                stop.append(on_epoch is not None and on_epoch(row) is True)
+                stop.append(on_epoch is not None and _is_true(on_epoch(row)))
 
     def train_epoch(self) -> Row:
         """Train and evaluate the next epoch; returns its row of the history.
@@ -424,7 +433,7 @@ class Trainer:
         self.model.train()
         side, device = self.experiment.recipe.side(epoch), self.experiment.device
         # For whatever a network may draw by itself.
-        torch.manual_seed(key(self.experiment.seed, epoch))
+        _seed(key(self.experiment.seed, epoch), device)
         # Sums stay on the device, where reading one means waiting for all that was queued; a sum
         # that was ever NaN or infinite stays so, hence a GPU may be asked now and then.
         loss_sum, correct = torch.zeros(2, device=device)
@@ -545,6 +554,19 @@ def _worth_compiling(experiment: Experiment) -> set[int]:
     return set(epochs) if experiment.compile else set()
 
 
+def _is_true(value: Any) -> bool:
+    """True itself, or NumPy's: a callback that returns something else goes on."""
+    return isinstance(value, (bool, np.bool_)) and bool(value)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Those streams that `deterministic` gives back; torch.manual_seed seeds all devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 def _require_finite(value: float, what: str) -> None:
     if not math.isfinite(value):
         raise Diverged(f"{what} is {value}")
@@ -591,15 +613,18 @@ def deterministic(device: torch.device) -> Iterator[None]:
         filled = memory.fill_uninitialized_memory
         random_stream = torch.random.fork_rng([device] if device.type == "cuda" else [])
         recipes_precision = torch.autocast(device.type, enabled=False)  # not the caller's
+        dtype = torch.get_default_dtype()
         with random_stream, full_precision(), recipes_precision:
             torch.use_deterministic_algorithms(True)
             # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
             memory.fill_uninitialized_memory = False
+            torch.set_default_dtype(torch.float32)
             try:
                 yield
             finally:
                 torch.use_deterministic_algorithms(before, warn_only=only_warned)
                 memory.fill_uninitialized_memory = filled
+                torch.set_default_dtype(dtype)
     finally:
         _one_at_a_time.release()
 

@@ -175,7 +175,13 @@ def keyed_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 
 def default_storage(folder: Path) -> str:
     """The URL of SQLite's file in the folder of the runs."""
-    return f"sqlite:///{folder / DATABASE}"
+    return sqlite_url(str(folder / DATABASE))
+
+
+def sqlite_url(database: str, **query: str) -> str:
+    """The URL of a database of SQLite, whatever signs its path holds."""
+    url = sqlalchemy.URL.create("sqlite", database=database, query=query)
+    return url.render_as_string(hide_password=False)
 
 
 def shown_url(url: str) -> str:

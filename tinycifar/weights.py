@@ -50,7 +50,7 @@ def load_network(run: RunDirectory) -> Any:
             model: Any = make_network(len(config["classes"]), config["model"])
         model.classes = tuple(config["classes"])
         model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{run.path / 'config.json'} is not the config.json of a run: {error!r}"
         ) from error

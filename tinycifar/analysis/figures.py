@@ -172,9 +172,9 @@ def plot_receptive_field(model: nn.Module) -> Figure:
     """The receptive field after each layer that widens it, with and without dilation."""
     table = field_table(model).query("kernel > 1").reset_index(drop=True)  # 1x1 layers add nothing
     sides, last = table["receptive_field"], table["receptive_field"].iloc[-1]
-    figure, axes = plt.subplots(figsize=(9, 3.8))
+    figure, axes = plt.subplots(figsize=(max(9, 0.75 * len(table)), 3.8))
     for dilated, rows in sides.groupby(table["dilation"] > 1):
-        label, colour = ("3x3, dilated", ORANGE) if dilated else ("3x3", BLUE)
+        label, colour = ("dilated", ORANGE) if dilated else ("not dilated", BLUE)
         axes.bar_label(axes.bar(rows.index, rows, 0.7, color=colour, label=label), padding=2)
     if (table["dilation"] > 1).any():
         jumps = table["jump"] // table["stride"]  # between the positions that each layer reads
@@ -200,10 +200,12 @@ def plot_costs(model: nn.Module) -> Figure:
     step has to write, read and keep, and what bounds it where there are few multiply-adds.
     """
     layers = layer_table(model)
-    kinds = ["standard", "depthwise", "pointwise", "BatchNorm"]
+    kinds = ["standard", "depthwise", "pointwise", "BatchNorm", "attention"]
+    kinds = [kind for kind in kinds if kind in set(layers["kind"])]
     figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.9))
     for axes, what in zip(all_axes, ("parameters", "multiply_adds", "activations"), strict=True):
-        sums = layers.pivot_table(what, "stage", "kind", "sum").reindex(columns=kinds).fillna(0)
+        sums = layers.pivot_table(what, "stage", "kind", "sum", sort=False)
+        sums = sums.reindex(columns=kinds).fillna(0)
         total = layers[what].sum()
         sums.columns = [f"{kind} {100 * n / total:.0f} %" for kind, n in sums.sum().items()]
         sums.plot.bar(stacked=True, ax=axes, width=0.7, rot=0, xlabel="", color=[*COLOURS])
@@ -383,7 +385,9 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
     title = source.title if isinstance(source, Run) else data.title
     stats = channel_stats(data.train_images)
     mean, std = (getattr(model, name, None) or getattr(stats, name) for name in ("mean", "std"))
-    theoretical, margin = receptive_field(model)[-1].field, IMAGE_SIDE // 2
+    last = receptive_field(model)[-1]
+    theoretical, missing = last.field, max(IMAGE_SIDE, last.field - IMAGE_SIDE) / 2
+    margin = last.jump * math.ceil(missing / last.jump)  # whole positions of the last layer
     around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
     images = np.pad(data.test_images[:n], around, mode="reflect")
     field = measures.effective_receptive_field(model, images, mean, std)
@@ -447,27 +451,30 @@ def plot_search(search: optuna.Study, what: str = "history") -> Figure:
             parameter.
 
     Raises:
-        ValueError: another figure, or fewer than two trials that trained to their end.
+        ValueError: another figure.
     """
     check_choice("figure", what, SEARCH_FIGURES)
+    made_for = search.user_attrs["made_for"]
+    data = title(made_for["dataset"], made_for["limit"])
+    heading = f"Search `{search.study_name}`: {what} · {data}"
     complete = search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len(complete) < 2:
-        raise ValueError("a figure of a search needs two trials that trained to their end")
+        figure, axes = plt.subplots(figsize=(8, 2))
+        axes.annotate("no two trials have trained to their end yet", (0.3, 0.5))
+        return _titled(figure, heading)
     draw = getattr(optuna.visualization.matplotlib, SEARCH_FIGURES[what])
     named = {} if what == "epochs" else {"target_name": "validation accuracy, %"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that importances rest on few trials
-        axes = np.atleast_1d(draw(search, **named))
-    figure = axes[0].figure
+        panels = np.atleast_1d(draw(search, **named))
+    figure = panels[0].figure
     if what == "epochs":
-        axes[0].get_legend().remove()  # a line for each trial
-        axes[0].set(xlabel="epoch", ylabel="validation accuracy, %")
-        axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panels[0].get_legend().remove()  # a line for each trial
+        panels[0].set(xlabel="epoch", ylabel="validation accuracy, %")
+        panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for side in ("left", "center"):
-        axes[0].set_title("", loc=side)  # the figure's says it
-    made_for = search.user_attrs["made_for"]
-    data = title(made_for["dataset"], made_for["limit"])
-    return _titled(figure, f"Search `{search.study_name}`: {what} · {data}")
+        panels[0].set_title("", loc=side)  # the figure's says it
+    return _titled(figure, heading)
 
 
 @_styled
@@ -475,7 +482,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     """Test accuracy against parameters or multiply-adds, beside the published networks.
 
     Runs are drawn as mean and sample standard deviation over seeds, for each recipe and protocol.
-    Only finished runs on the whole of CIFAR-10 are comparable; a note says how many were left out.
+    Only runs tested on the whole of CIFAR-10 are comparable; a note says how many were left out.
 
     Args:
         cost: parameters, or multiply_adds (of one image), as far as their authors tell.
@@ -485,7 +492,8 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     """
     check_choice("cost", cost, ("parameters", "multiply_adds"))
     runs, networks = as_list(runs), published_networks()
-    comparable = [run for run in runs if run.metrics and run.data_title == "CIFAR-10"]
+    tested = [run for run in runs if run.metrics and run.metrics["test_acc"] is not None]
+    comparable = [run for run in tested if run.data_title == "CIFAR-10"]
     reference, others = networks.iloc[0], networks.iloc[1:].dropna(subset=cost)
     figure, axes = plt.subplots(figsize=(10, 5.6))
     points = [(row[cost], row["accuracy"], row["network"], DIM) for _, row in others.iterrows()]
@@ -512,7 +520,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     axes.set(xlabel=names[cost], ylabel="test accuracy, %", title="Small networks on CIFAR-10")
     notes = "Grey, and the ring: as their authors report it, see results/published.csv."
     if left_out := len(runs) - len(comparable):
-        why = "not finished, or not on the whole of CIFAR-10"
+        why = "without a test accuracy, or not on the whole of CIFAR-10"
         notes += f" Left out: {counted(left_out, 'run')}, {why}."
     figure.supxlabel(notes, color=DIM)
     _label_points(figure, axes, points[::-1])  # this network first: it gets the best places
@@ -595,8 +603,9 @@ def _described(policy: augment.Policy) -> str:
 
 def _field_label(row: pd.Series) -> str:
     """A layer's name, and below it what sets it apart."""
-    apart = [f"{name} {row[name]}" for name in ("dilation", "stride") if row[name] > 1]
-    return "\n".join([row["layer"], *apart])
+    usual = {"kernel": 3, "dilation": 1, "stride": 1}
+    apart = [f"{name} {row[name]}" for name, value in usual.items() if row[name] != value]
+    return "\n".join([row["layer"].removeprefix("blocks."), *apart])
 
 
 def _draw_curves(axes: Axes, run: Run, what: str, look: dict[str, Any]) -> None:

@@ -171,19 +171,38 @@ def study_runs(study: Study, folder: str | PathLike[str]) -> list[Run]:
     """What is compared of a study's runs in a folder: base, variations, the best of its search.
 
     Of trials that were confirmed with other seeds, the seed that they were chosen by is left out:
-    it was the highest of many, partly by luck.
+    it was the highest of many, partly by luck. In results/studies/ there are also the runs that
+    are published elsewhere: what another study or no study at all has trained already, the base
+    above all, needn't be trained again; it is called as this study calls it.
 
     Raises:
         FileNotFoundError: no such folder.
     """
-    names = {recipe.name for recipe in study.recipes}
-    if study.search is None:
-        return [run for run in find_runs(folder) if run.recipe["name"] in names]
-    confirm = study.search.confirm
-    best = [(r.name, s) for r, s in chosen(study.search, Path(folder))]
-    best = [(name, seed) for name, seed in best if not confirm or seed != study.search.seed]
-    found = ((run, (run.recipe["name"], run.config["seed"])) for run in find_runs(folder))
-    return [run for run, key in found if key[0] in names or key in best]
+    folder = absolute(folder)
+    runs, names = find_runs(folder), {recipe.name for recipe in study.recipes}
+    published = folder.parent == RESULTS / "studies"
+    if study.search is not None:
+        best = {(recipe.name, seed) for recipe, seed in chosen(study.search, folder)}
+        if study.search.confirm:
+            best = {key for key in best if key[1] != study.search.seed}
+        keys = ((run, (run.recipe["name"], run.config["seed"])) for run in runs)
+        runs = [run for run, key in keys if key[0] in names or key in best]
+    elif not published:  # there, variations that were taken out of the file are shown as well
+        runs = [run for run in runs if run.recipe["name"] in names]
+    if not published:
+        return runs
+    others = sorted(f for f in folder.parent.iterdir() if f.is_dir() and f != folder)
+    elsewhere = (_as_called(study, run) for run in chain(*map(find_runs, [RESULTS, *others])))
+    return [*filter(None, elsewhere), *(_as_called(study, run) or run for run in runs)]
+
+
+def _as_called(study: Study, run: Run) -> Run | None:
+    """The run under the name that the study has for its recipe; None if it isn't one of them."""
+    for recipe in map(asdict, study.recipes):
+        same = run.recipe | {"name": recipe["name"]} == recipe
+        if same and run.protocol == "val" and run.config["seed"] in study.seeds:
+            return replace(run, config=run.config | {"recipe": recipe})
+    return None
 
 
 def load_search(
@@ -210,7 +229,7 @@ def load_search(
     storage = storage or os.environ.get("TINYCIFAR_STORAGE") or None
     if storage is None and not file.is_file():
         raise FileNotFoundError(f"no search at {file}: begin it with make sweep STUDY=...")
-    url = storage or f"sqlite:///file:{file}?mode=ro&uri=true"
+    url = storage or trials.sqlite_url(file.as_uri(), mode="ro", uri="true")  # nothing is written
     with trials.reachable(url):
         try:
             return optuna.load_study(study_name=study.name, storage=trials.connect(url))
@@ -280,7 +299,7 @@ def _run_of_log(file: str, title: str, seed: int | str) -> Run:
     history = log.reindex(columns=list(HISTORY_COLUMNS))
     config: dict[str, Any] = {"seed": seed, "protocol": "test-selected", "dataset": "cifar10"}
     config["recipe"] = asdict(recipe) | {"name": title}
-    best = log.sort_values("val_loss", kind="stable").iloc[0]
+    best = log.iloc[int(log["val_loss"].argmin())]
     metrics = {
         "params": sum(p.numel() for p in NetCIFAR10_Tiny().parameters()),
         "epochs_run": len(log),
@@ -303,28 +322,16 @@ def plateau_rates(recipe: Recipe, losses: Iterable[float]) -> np.ndarray:
 
 
 def published_study(name: str) -> list[Run]:
-    """The runs of results/studies/<name>, the study of that name, with those published elsewhere.
-
-    What another study or no study at all has trained already, the base above all, needn't be
-    trained again; it is called as this study calls it.
+    """The runs of the study of that name, in results/studies/<name>; see `study_runs`.
 
     Raises:
         FileNotFoundError: no such study, or it isn't published.
     """
     study = load_study(RESULTS.parent / "studies" / f"{name}.yaml")
-    recipes, own = list(map(asdict, study.recipes)), RESULTS / "studies" / name
-    if not own.is_dir():
-        raise FileNotFoundError(f"the study {name!r} isn't published: no folder {own}")
-    elsewhere = sorted(f for f in own.parent.iterdir() if f.is_dir() and f != own)
-    found = []
-    ours = study_runs(study, own) if study.search else find_runs(own)
-    for run in chain(*map(find_runs, [RESULTS, *elsewhere]), ours):
-        same = [recipe for recipe in recipes if run.recipe | {"name": recipe["name"]} == recipe]
-        if same and run.protocol == "val" and run.config["seed"] in study.seeds:
-            found.append(replace(run, config=run.config | {"recipe": same[0]}))
-        elif run.folder.parent == own:
-            found.append(run)
-    return found
+    folder = RESULTS / "studies" / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the study {name!r} isn't published: no folder {folder}")
+    return study_runs(study, folder)
 
 
 _PUBLISHED = ["network", "parameters", "multiply_adds", "accuracy", "how", "source"]
@@ -403,9 +410,11 @@ def predictions(run: Run, data: Data, part: str | None = None) -> Predictions:
     if part not in (None, "test", "validation"):
         raise ValueError(f"part must be test, validation or None; got {part!r}")
     part = part or ("validation" if run.selects_on == "validation" else "test")
-    if part == "test" and run.metrics is None and run.selects_on != "test":
+    tested = run.metrics is not None and run.metrics["test_acc"] is not None
+    if part == "test" and not tested and run.selects_on != "test":
         raise ValueError(
-            f"run {run.name} isn't finished, and the test set is used once, at its end"
+            f"run {run.name} isn't finished, or is one trial of many: the test set is used once, "
+            "at the end"
         )
     if part == "validation" and run.selects_on != "validation":
         raise ValueError(f"run {run.name} has no validation images: its protocol is {run.protocol}")

@@ -5,6 +5,7 @@ Accuracies are percentages, differences of accuracies points. NaN is what isn't 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import pandas as pd
 from torch import nn
 
 import augment
-from tiny_cifar10_net import NetCIFAR10_Tiny, SeparableConv
+from tiny_cifar10_net import SeparableConv
 from tinycifar.analysis.measures import confusion_matrix, gains, normalised_moments
 from tinycifar.analysis.runs import Predictions, Run, as_list, counted, published_run
 from tinycifar.checks import check_whole
@@ -35,8 +36,6 @@ __all__ = [
 ]  # fmt: skip
 
 _COSTS = ["parameters", "multiply_adds"]
-STATISTICS = {"": "mean", "_std": "std", "_min": "min", "_max": "max"}  # by a column's suffix
-
 # ------------------------------------------------------------------------------------ of recipes
 
 
@@ -151,9 +150,17 @@ def _pooled(runs: list[Run], **more: list[Any]) -> tuple[pd.DataFrame, list[str]
     return ordered, list(table["run"][repeated])
 
 
-def _statistics(*columns: str) -> dict[str, tuple[str, str]]:
-    """Mean, std, min and max of each column, as `agg` takes them."""
-    return {f"{c}{suffix}": (c, how) for c in columns for suffix, how in STATISTICS.items()}
+def _statistics(*columns: str) -> dict[str, tuple[str, Any]]:
+    """Mean, std, min and max of each column, as `agg` takes them; NaN if a run has no figure.
+
+    (The seeds that confirm a trial may have a test accuracy before the trial itself has one.)
+    """
+    each = {"": "mean", "_std": "std", "_min": "min", "_max": "max"}
+
+    def of_all(how: str) -> Any:
+        return lambda values: values.agg(how) if values.notna().all() else np.nan
+
+    return {f"{c}{suffix}": (c, of_all(how)) for c in columns for suffix, how in each.items()}
 
 
 def _range(column: str) -> dict[str, tuple[str, str]]:
@@ -419,19 +426,22 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
     """What each layer puts out and costs on one 32 x 32 image.
 
     Returns:
-        layer, stage (the first part of its name), kind (standard, depthwise, pointwise or
-        BatchNorm), channels, side (of its square output), activations (the values it puts out),
-        parameters, multiply_adds, parameters_share, multiply_adds_share; shares in percent.
+        layer, stage (the first part of its name; of a long chain of blocks also the side), kind
+        (standard, depthwise, pointwise, BatchNorm or attention), channels, side (of its square
+        output, or the one that it weights), activations (the values it puts out), parameters,
+        multiply_adds, parameters_share, multiply_adds_share; shares in percent.
     """
     table = pd.DataFrame(layer_costs(model))
     shape, layers = table["out_shape"].str, map(model.get_submodule, table["name"])
+    side = shape[1].where(shape.len() == 3).ffill().astype(int)
+    stage = table["name"].str.split(".").str[0]
     table = pd.DataFrame(
         {
             "layer": table["name"],
-            "stage": table["name"].str.split(".").str[0],
+            "stage": stage.mask(stage == "blocks", stage + ", " + side.astype(str) + " px"),
             "kind": list(map(_kind, layers)),
-            "channels": shape[0],
-            "side": shape[1],
+            "channels": shape[0].where(shape.len() == 3, shape[1]),
+            "side": side,
             "activations": table["out_shape"].map(math.prod),
             "parameters": table["params"],
             "multiply_adds": table["macs"],
@@ -443,6 +453,8 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
 
 
 def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Conv1d):
+        return "attention"
     if not isinstance(layer, nn.Conv2d):
         return "BatchNorm"
     if layer.groups > 1:
@@ -473,10 +485,11 @@ def separable_table(model: nn.Module) -> pd.DataFrame:
     """
     blocks = [name for name, module in model.named_modules() if isinstance(module, SeparableConv)]
     if not blocks:
-        note = "This network has no separable block: every convolution is a standard one."
+        note = "This network has no block of the kind `SeparableConv`."
         return _noted(pd.DataFrame(), note)
     layers = layer_table(model).set_index("layer")
-    dw, bn, pw = (layers.loc[[f"{b}.{p}" for b in blocks]] for p in ("dw", "bn_dw", "pw"))
+    dw, pw = (layers.loc[[f"{b}.{part}" for b in blocks]] for part in ("dw", "pw"))
+    bn = layers.reindex([f"{b}.bn_dw" for b in blocks])  # NaN where it is folded
     table = pd.DataFrame({"block": [*blocks, "these blocks", "whole network"]})
     table["c_in"], table["c_out"] = pd.Series(dw["channels"].array), pd.Series(pw["channels"].array)
     for what in _COSTS:
@@ -491,26 +504,31 @@ def separable_table(model: nn.Module) -> pd.DataFrame:
     return _noted(table)
 
 
-def dilation_table(**options: Any) -> pd.DataFrame:
+def dilation_table(model: nn.Module) -> pd.DataFrame:
     """What dilation buys, and what it costs: the network with and without it.
-
-    Args:
-        options: of `NetCIFAR10_Tiny`, e.g. width.
 
     Returns:
         network, receptive_field, sees_all (positions of the last feature map that see the whole
         image), positions, parameters, multiply_adds.
     """
     rows = []
-    for label, dilated in (("with dilation", True), ("without", False)):
-        model = NetCIFAR10_Tiny(**options | {"dilated": dilated})
-        last, costs = receptive_field(model)[-1], layer_table(model)[_COSTS].sum()
+    for label, net in (("with dilation", model), ("without", _undilated(model))):
+        last, costs = receptive_field(net)[-1], layer_table(net)[_COSTS].sum()
         # Position i is centred on pixel i * jump, with padding that keeps the size.
         reach, centres = last.field // 2, np.arange(last.size) * last.jump
         along_a_side = int(((centres <= reach) & (centres >= 31 - reach)).sum())
         rows.append((label, last.field, along_a_side**2, last.size**2, *costs))
     columns = ["network", "receptive_field", "sees_all", "positions", *_COSTS]
     return _noted(pd.DataFrame(rows, columns=columns))
+
+
+def _undilated(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.padding = tuple(side // 2 for side in conv.kernel_size)  # all keep the size
+            conv.dilation = (1, 1)
+    return model
 
 
 # ------------------------------------------------------------------------------- of augmentation
