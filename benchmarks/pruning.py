@@ -75,7 +75,7 @@ def replayed(full: list[dict[str, Any]], prune: str) -> dict[str, Any]:
 
 def main() -> None:
     kept = json.loads(OUT.read_text(encoding="utf-8"))["searches"] if OUT.is_file() else {}
-    searches: dict[str, list[dict[str, Any]]] = {}
+    searches: dict[str, list[dict[str, Any]]] = dict(kept)
     rows = []
     for seed in map(str, SEEDS):
         searches[seed] = kept.get(seed) or trained(int(seed))  # without the file, all are

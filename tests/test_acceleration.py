@@ -61,12 +61,14 @@ def test_a_dilated_layer_is_torchs_own(dilation, size):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(16, 16), (17, 15)])
-def test_a_strided_layer_in_bfloat16(size):
+def test_a_layer_in_bfloat16(size, stride):
     """Against float32 on the same rounded numbers."""
     torch.manual_seed(0)
-    conv = depthwise(6, stride=2).bfloat16()
-    layer, exact = StridedDepthwise(conv), copy.deepcopy(conv).float()
+    conv = depthwise(6, stride=stride).bfloat16()
+    layer = StridedDepthwise(conv) if stride > 1 else DilatedDepthwise(conv)
+    exact = copy.deepcopy(conv).float()
     x = torch.randn(2, 6, *size).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     images = x.detach().float().requires_grad_()
     got, expected = layer(x), exact(images)
@@ -177,7 +179,7 @@ def test_what_is_swapped_in_where():
     net = NetCIFAR10_Tiny()
     twin, without = accelerated(net), accelerated(net, norms=False)
     half = accelerated(net, torch.bfloat16)
-    assert [kinds(t, DilatedDepthwise) for t in (twin, without, half)] == [3, 3, 3]
+    assert [kinds(t, DilatedDepthwise) for t in (twin, without, half)] == [3, 3, 8]
     assert [kinds(t, StridedDepthwise) for t in (twin, without, half)] == [0, 0, 1]
     assert [kinds(t, NormReLU) for t in (twin, without, half)] == [20, 0, 20]
     assert not kinds(twin, nn.ReLU) and kinds(without, nn.ReLU) == kinds(net, nn.ReLU)

@@ -102,7 +102,9 @@ def test_alternating_flips_need_a_policy_and_a_build_that_flip():
 def test_a_policy_or_teacher_that_isnt_a_name_is_refused():
     with pytest.raises(ValueError, match="policy must be the name of one in augment"):
         get_recipe(SMALL, policy=augment.Policy(flip=0.5))
-    with pytest.raises(ValueError, match="teacher must be a run's name or path, as text, or None; got 3"):
+    with pytest.raises(
+        ValueError, match="teacher must be a run's name or path, as text, or None; got 3"
+    ):
         get_recipe(SMALL, teacher=3)
 
 

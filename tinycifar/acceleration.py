@@ -158,7 +158,7 @@ def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:
     (stride, _), (dilation, _) = conv.stride, conv.dilation
     if conv.kernel_size != (3, 3) or conv.bias is not None:
         return conv
-    if dilation > 1 and stride == 1:
+    if stride == 1 and (dilation > 1 or precision == torch.bfloat16):
         return DilatedDepthwise(conv)
     if stride > 1 and dilation == 1 and precision == torch.bfloat16:
         return StridedDepthwise(conv)
@@ -166,12 +166,13 @@ def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:
 
 
 class DilatedDepthwise(nn.Module):
-    """A dilated depthwise 3x3 convolution whose backward pass is fast on a CPU.
+    """A depthwise 3x3 convolution, dilated or not, whose backward pass is fast on a CPU.
 
     oneDNN, the library behind torch there, has no fast code for either gradient: measured, each
     takes five to twenty times as long as the forward pass. But its input's is a dilated depthwise
     convolution as well, with the filter rotated by 180 degrees, for which there is fast code; its
-    filter's is that of an undilated convolution of the d² images that every d-th pixel makes.
+    filter's is that of an undilated convolution of the d² images that every d-th pixel makes. In
+    bfloat16 the former is twice as fast as oneDNN's own code where nothing is dilated, too.
     """
 
     def __init__(self, conv: nn.Conv2d):

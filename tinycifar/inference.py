@@ -36,15 +36,20 @@ class Network(Protocol):
 
 
 class OnnxNetwork:
-    """A network in a file that `tinycifar.export` wrote, run by ONNX Runtime on the CPU.
+    """A network that `make export` wrote, float or int8, run by ONNX Runtime on the CPU.
 
     Attributes:
         classes: their names, in the order of the probabilities.
         metadata: all that the file says of itself: run, recipe, accuracy, licence, ...
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it isn't an ONNX file, or not one of ours.
+        ImportError: onnxruntime isn't installed.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
-        """See `load_onnx`."""
+        """See the class."""
         try:
             import onnxruntime
         except ImportError as error:
@@ -88,15 +93,7 @@ class OnnxNetwork:
         return self._session.run(["probabilities"], {"images": images})[0]
 
 
-def load_onnx(file: str | os.PathLike[str]) -> OnnxNetwork:
-    """A network that `make export` wrote, float or int8.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it isn't an ONNX file, or not one of ours.
-        ImportError: onnxruntime isn't installed.
-    """
-    return OnnxNetwork(file)
+load_onnx = OnnxNetwork
 
 
 def likeliest(
