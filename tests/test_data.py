@@ -454,6 +454,12 @@ def test_split_of_what_cannot_be_split(labels):
         split(labels)
 
 
+def test_a_tenth_holds_an_image_of_each_class():
+    with pytest.raises(ValueError, match=r"90 images of 10 classes .*at least 100 are needed"):
+        split(np.arange(90) % 10)
+    assert len(split(np.arange(100) % 10)[1]) == 10
+
+
 @pytest.mark.parametrize("seed", [-1, 1.5, "0", None])
 def test_split_by_a_bad_seed(seed):
     with pytest.raises(ValueError, match="seed must be a whole number"):

@@ -151,12 +151,13 @@ def split(
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise _unlike("labels must be a one-dimensional array of integers", labels)
     classes, counts = np.unique(labels, return_counts=True)
-    n_val = len(labels) // 10 if n_val is None else n_val
-    if len(labels) < 2 * len(classes) or not len(labels):
+    needed = (10 if n_val is None else 2) * len(classes)
+    if len(labels) < needed or not len(labels):
         raise ValueError(
-            f"{len(labels)} images of {len(classes)} classes can't be split: at least two of "
-            "each class are needed."
+            f"{len(labels)} images of {len(classes)} classes can't be split into images to train "
+            f"on and {n_val or 'a tenth'} for validation: at least {needed} are needed"
         )
+    n_val = len(labels) // 10 if n_val is None else n_val
     check_whole("n_val", n_val, len(classes), len(labels) - len(classes))
     check_whole("seed", seed, 0, 2**32 - 1)
 
