@@ -475,6 +475,18 @@ def postgresql():
         server.cleanup()
 
 
+def test_a_frozen_worker_keeps_nobody_waiting(postgresql):
+    """The server ends a transaction in which nothing happens."""
+    trials.connect(postgresql)  # makes the tables
+    with trials.connect(postgresql, heartbeat=1).engine.connect() as frozen:
+        frozen.execute(sqlalchemy.text("LOCK TABLE trials"))
+        with trials.connect(postgresql).engine.connect() as other:
+            other.execute(sqlalchemy.text("SET lock_timeout = '20s'"))
+            other.execute(sqlalchemy.text("LOCK TABLE trials"))
+        with pytest.raises(sqlalchemy.exc.DBAPIError, match="idle-in-transaction"):
+            frozen.execute(sqlalchemy.text("SELECT 1"))
+
+
 def test_two_machines_share_a_study_though_one_is_killed(tmp_path, postgresql):
     """Two clones, one folder, one PostgreSQL: none is lost, none twice, all as if undisturbed."""
     clones = [tmp_path / "a", tmp_path / "b"]

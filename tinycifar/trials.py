@@ -241,13 +241,30 @@ def _storage_trouble(url: str, error: BaseException) -> str:
 def connect(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
     """Open a storage, with its tables made; see `reachable` for what goes wrong."""
     patient = {"connect_args": {"timeout": PATIENCE}} if url.startswith("sqlite") else {}
-    return RDBStorage(
+    storage = RDBStorage(
         url,
         engine_kwargs={"pool_pre_ping": True, **patient},
         heartbeat_interval=heartbeat,
         grace_period=3 * heartbeat,
         heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(RETRIES),
     )
+    if storage.engine.dialect.name == "postgresql":
+        _let_go_when_frozen(storage.engine, 3 * heartbeat)
+    return storage
+
+
+def _let_go_when_frozen(engine: sqlalchemy.Engine, seconds: int) -> None:
+    """A worker that is suspended within a transaction would keep all others waiting for its locks.
+
+    The server ends such a connection after so many seconds.
+    """
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def limit(connection: Any, _: Any) -> None:
+        connection.cursor().execute(f"SET idle_in_transaction_session_timeout = {1000 * seconds}")
+        connection.commit()
+
+    engine.dispose()  # connections that were opened without
 
 
 def original(trial: FrozenTrial) -> int:
