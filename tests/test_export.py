@@ -166,7 +166,7 @@ def test_what_cant_be_exported_is_said_and_nothing_is_written(runs, tiny, tmp_pa
     unfinished.mkdir()
     shutil.copy(runs / "tiny" / "config.json", unfinished)
     into = tmp_path / "into"
-    with pytest.raises(RunError, match="isn't finished: finish its run first"):
+    with pytest.raises(RunError, match="isn't finished and tested: finish its run first"):
         export(unfinished, into, dataset=tiny)
     with pytest.raises(FileNotFoundError, match="no run at 'nowhere'"):
         export("nowhere", into, dataset=tiny)
