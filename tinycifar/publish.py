@@ -115,12 +115,11 @@ def _tables(runs: list[Run], studies: Studies) -> dict[str, str]:
         "results": results,
         "recipes": analysis.recipes_table(RECIPES.values()).drop(columns="differs"),
         "brings": _brings(studies),
-        "costs": _costs(studies["architecture"]),
-        "network-costs": _costs(studies["network"]),
         "choice": analysis.choice_table(_baselines(runs)),
         "start": analysis.start_table(_starts(runs) + analysis.published_study("reference")),
         "published": analysis.published_networks().sort_values("parameters"),
         **{name: _study(varied) for name, varied in studies.items()},
+        **{f"{name}-costs": _costs(varied) for name, varied in studies.items()},
         **card.tables(),
     }
     return {
