@@ -640,7 +640,7 @@ def test_a_chain_of_blocks_is_shown_by_the_size_of_its_maps():
     attention = layers.loc["blocks.1.attention.conv"]
     assert attention[["kind", "channels", "side"]].tolist() == ["attention", 16, 16]
     ticks = analysis.plot_costs(net).axes[0].get_xticklabels()
-    assert [t.get_text() for t in ticks] == stages
+    assert [t.get_text().replace("\n", ", ") for t in ticks] == stages
     labels = [t.get_text() for t in analysis.plot_receptive_field(net).axes[0].get_xticklabels()]
     assert labels[2] == "1.dw\nstride 2"
 

@@ -206,6 +206,7 @@ def plot_costs(model: nn.Module) -> Figure:
     for axes, what in zip(all_axes, ("parameters", "multiply_adds", "activations"), strict=True):
         sums = layers.pivot_table(what, "stage", "kind", "sum", sort=False)
         sums = sums.reindex(columns=kinds).fillna(0)
+        sums.index = sums.index.str.replace(", ", "\n")
         total = layers[what].sum()
         sums.columns = [f"{kind} {100 * n / total:.0f} %" for kind, n in sums.sum().items()]
         sums.plot.bar(stacked=True, ax=axes, width=0.7, rot=0, xlabel="", color=[*COLOURS])
