@@ -406,8 +406,6 @@ def test_the_folder_of_a_published_study_is_enough(name):
     """What `make study RUN=results/studies/<name>` shows."""
     study = load_study(CHECKOUT / "studies" / f"{name}.yaml")
     runs = analysis.study_runs(study, RESULTS / "studies" / name)
-    published = analysis.published_study(name)
-    assert [run.folder for run in runs] == [run.folder for run in published]
     assert analysis.study_table(runs)["variation"][0] == "base"
 
 

@@ -121,6 +121,17 @@ def test_convolutions_are_float32_whatever_the_caller_set():
     assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.allow_tf32
 
 
+def test_matrix_products_are_float32_whatever_the_caller_set():
+    matmul = torch.backends.mkldnn.matmul
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_precision():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16" and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_the_callers_random_stream_is_left_alone(net, tiny, stats):
     state = torch.get_rng_state()
     log_probabilities(net, tiny.test_images, stats, tta=True)

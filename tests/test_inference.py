@@ -110,6 +110,15 @@ def test_a_name_of_any_bytes_arrives_as_it_is(folder, network, tmp_path):
     assert strange in (tmp_path / "table.csv").read_bytes()
 
 
+def test_a_table_is_whole_in_a_narrow_code_page(folder):
+    """As on Windows, where output into a file lacks most signs."""
+    names = [folder / "h.bmp", (folder / "g.png").rename(folder / "狗.png")]
+    command = [sys.executable, "-m", "tinycifar", "predict", *names, "--onnx", NET]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert len(done.stdout.decode().splitlines()) == 3 and "狗.png" in done.stdout.decode()
+
+
 def test_a_terminal_shows_the_progress(folder, network, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
