@@ -341,8 +341,8 @@ def _sum(x: Tensor) -> Tensor:
 class MixedPrecision(nn.Module):
     """A network that trains in another precision than its parameters have.
 
-    The images, all that passes between layers, the weights of convolutions as they are used, and
-    the gradients of all these are rounded. The parameters, BatchNorm's sums, pool and head aren't
+    The images, all that passes between layers, the parameters of convolutions as they are used,
+    and the gradients of all these are rounded. The parameters, BatchNorm's sums, pool and head aren't
     (Micikevicius et al., 2018, arXiv:1710.03740; with bfloat16's exponents the loss needs no
     scaling). What is kept for the backward pass takes half the space; faster on a CPU with AVX-512
     BF16 or AMX.
@@ -357,10 +357,12 @@ class MixedPrecision(nn.Module):
         tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.model, self.precision = copy.deepcopy(model, memo=tensors), precision
         self.model.gap = nn.Sequential(_Float32(), model.get_submodule("gap"))
+        parameters = dict(model.named_parameters())
         self.rounded = [
             name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim == 4 and not name.startswith("head")
+            for name in parameters
+            if parameters[f"{name.rpartition('.')[0]}.weight"].ndim == 4  # a convolution's
+            and not name.startswith("head")
         ]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tiny_cifar10_net import fuse
+from tiny_cifar10_net import folded
 from tinycifar import optim
 from tinycifar.acceleration import CompiledNetwork, Memory, peak_memory
 from tinycifar.checks import check_choice, check_flag, check_whole
@@ -349,12 +349,14 @@ class Trainer:
         precision = getattr(torch, recipe.precision)
         sides = _worth_compiling(experiment)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
-        self.teacher: nn.Module | None = None
+        self.teacher: CompiledNetwork | None = None
         if recipe.teacher is not None:
             teacher = load_network(_teacher(experiment))
             if not _all_finite(teacher.state_dict().values()):
                 raise RunError(f"teacher {recipe.teacher!r} diverged: its weights aren't finite")
-            self.teacher = fuse(teacher).to(device)
+            # Without BatchNorms train() changes nothing, but that its calls are compiled.
+            teacher = folded(teacher).to(device, memory_format=torch.channels_last).train()
+            self.teacher = CompiledNetwork(teacher, recipe.batch_size, sides, precision)
         self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
         self.optimizers = optim.optimizers(recipe, self.model)
         self.schedules = [
