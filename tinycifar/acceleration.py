@@ -30,16 +30,16 @@ class CompiledNetwork:
 
     Each shape is compiled by itself, which takes as long as some thousand steps save: so for whole
     batches only, and only of the sides named. All others, such as the last batch of an epoch, run
-    as they are, and so does everything in eval mode, and everything where there is no compiler,
-    after a warning. Both ways give the same sums but for their last digits.
+    as they are, and so does everything where there is no compiler, after a warning. Both ways give
+    the same sums but for their last digits.
 
     Args:
         model: a network of (N, 3, side, side) batches, on its device already, since what is
-            compiled works on the tensors it has now; they stay its own.
+            compiled works on the tensors it has now; they stay its own; and in the mode, train or
+            eval, in which it is to run.
         batch_size: N of a whole batch.
         sides: the sides, in pixels, that are compiled.
-        precision: in which the network trains, compiled or not; in eval mode it is the
-            parameters' own.
+        precision: in which the network computes, compiled or not.
     """
 
     def __init__(
@@ -70,8 +70,6 @@ class CompiledNetwork:
             self.program = compile(prepared(norms=True), dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        if not self.model.training:
-            return self.model(images)
         whole = len(images) == self.batch_size and images.shape[-1] in self.sides
         if self.program is None or not whole:
             return self.eager(images)
@@ -130,7 +128,7 @@ def accelerated(
             slower without.
     """
     tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, memo=tensors).train()
+    twin = copy.deepcopy(model, memo=tensors)
     norms = norms and _a_relu_follows_each_norm(model)
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
@@ -339,13 +337,13 @@ def _sum(x: Tensor) -> Tensor:
 
 
 class MixedPrecision(nn.Module):
-    """A network that trains in another precision than its parameters have.
+    """A network that computes in another precision than its parameters have.
 
     The images, all that passes between layers, the parameters of convolutions as they are used,
-    and the gradients of all these are rounded. The parameters, BatchNorm's sums, pool and head aren't
-    (Micikevicius et al., 2018, arXiv:1710.03740; with bfloat16's exponents the loss needs no
-    scaling). What is kept for the backward pass takes half the space; faster on a CPU with AVX-512
-    BF16 or AMX.
+    and the gradients of all these are rounded. The parameters themselves, BatchNorm's sums, pool
+    and head aren't (Micikevicius et al., 2018, arXiv:1710.03740; with bfloat16's exponents the loss
+    needs no scaling). What is kept for the backward pass takes half the space; faster on a CPU with
+    AVX-512 BF16 or AMX.
 
     Args:
         model: takes batches (N, 3, H, W) and ends in `gap` and `head`; its parameters and buffers

@@ -173,7 +173,7 @@ def require_teacher(experiment: Experiment) -> None:
 
     Raises:
         FileNotFoundError: there is no such run. RunError: it isn't finished, so that its weights
-        still change. ValueError: it may have seen what is held back here.
+        still change. ValueError: it may have seen what is held back here, or its numbers are int8.
     """
     name, splits = experiment.recipe.teacher, experiment.splits
     if name is None:
@@ -191,8 +191,8 @@ def require_teacher(experiment: Experiment) -> None:
             f"{splits.data.title}, as here, so that it passes on nothing that is held back"
         )
     options = experiment.recipe.model_options
-    if experiment.recipe.int8 and saw["model"].get("int8"):
-        raise ValueError(f"teacher {name!r} is an int8 network already: name the one it came from")
+    if saw["model"].get("int8"):
+        raise ValueError(f"teacher {name!r} is an int8 network: name the one it came from")
     if experiment.recipe.int8 and saw["model"] | {"int8": True} != options:
         raise ValueError(
             f"teacher {name!r} is another network, {saw['model']}: int8 goes on from its weights, "
@@ -345,7 +345,7 @@ class Trainer:
             optim.dirac(model)
         if recipe.int8:
             model = simulated_int8(load_network(_teacher(experiment)))
-        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)
+        self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
         precision = getattr(torch, recipe.precision)
         sides = _worth_compiling(experiment)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
@@ -354,8 +354,7 @@ class Trainer:
             teacher = load_network(_teacher(experiment))
             if not _all_finite(teacher.state_dict().values()):
                 raise RunError(f"teacher {recipe.teacher!r} diverged: its weights aren't finite")
-            # Without BatchNorms train() changes nothing, but that its calls are compiled.
-            teacher = folded(teacher).to(device, memory_format=torch.channels_last).train()
+            teacher = folded(teacher).to(device, memory_format=torch.channels_last)
             self.teacher = CompiledNetwork(teacher, recipe.batch_size, sides, precision)
         self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
         self.optimizers = optim.optimizers(recipe, self.model)
