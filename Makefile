@@ -97,6 +97,7 @@ sweep: env ## train RECIPES with SEEDS, or a STUDY (variations, or a search), se
 sweep: export TINYCIFAR_RECIPES := $(or $(value RECIPES),$(value RECIPE))
 
 study: env ## look at a study's runs (RUN=runs/mine, or results/studies/rates)
+	$(call refuse,STUDY RECIPE SEED PROTOCOL FORCE,RUN$(comma) the folder of the runs)
 	@$(TINYCIFAR) notebook study
 
 dashboard: env ## a STUDY in the browser while it is trained (pip install optuna-dashboard)

@@ -301,7 +301,7 @@ def test_a_sweep_refuses_what_it_cannot_use(make):
         make("sweep", "SEED=1")
 
 
-@pytest.mark.parametrize("target", ["predict", "export"])
+@pytest.mark.parametrize("target", ["predict", "export", "study"])
 def test_a_setting_that_would_be_ignored_is_refused(make, target):
     with pytest.raises(RuntimeError, match=f"make {target} takes no RECIPE: it takes .*RUN"):
         make(target, "RECIPE=sprint")

@@ -140,3 +140,14 @@ def test_this_check_can_fail(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[cell])
     nbformat.write(notebook, tmp_path / "wrong.ipynb")
     assert nbval(tmp_path / "wrong.ipynb").returncode == 1
+
+
+def test_a_script_needs_no_main_guard(tmp_path):
+    """Spawned processes import it, and would begin once more."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from tinycifar.notebooks import run_notebooks\n"
+        "run_notebooks(['training'], extra={'epochs': 0})\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ended.stderr.endswith("epochs must be a whole number from 1 to 10,000; got 0\n")

@@ -62,7 +62,8 @@ def run_notebooks(
     names = list(names)
     declared = {name: _declared_parameters(name) for name in names}
     given = {**SETTINGS, **(settings or {}), "run_dir": run_dir}, dict(extra or {})
-    if "torch" in sys.modules:
+    command = getattr(sys.modules["__main__"].__spec__, "name", "") == "tinycifar.__main__"
+    if not command or "torch" in sys.modules:  # a script would have to be guarded for spawning
         folder, parameters = _settle(declared, *given)
     else:  # in a process that ends: the kernels have better use for the 0.4 GB that torch takes
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
