@@ -370,7 +370,8 @@ def test_a_study_is_compared_with_its_base(a_study, write_run):
     by_the_count = 100**2 * 0.41 * 0.59 / (2 * 5_000)
     seeds = statistics.variance([40, 42]) + statistics.variance([45, 49])
     spread = math.sqrt((10 * by_the_count + seeds) / 12)
-    assert table["gain"].tolist()[1:] == [6, -6] and table["clear"].tolist() == [False, True, True]
+    assert table["gain"].tolist()[1:] == [6, -6]
+    assert table["clear"].tolist() == [False, True, False], "one seed alone isn't enough"
     errors = [spread, spread * math.sqrt(1 + 1 / 2)]
     assert table["gain_error"].tolist()[1:] == pytest.approx(errors)
     cells = shown(table)[1]
@@ -429,14 +430,21 @@ def test_a_gain_is_clear_where_a_t_test_says_so():
     def gain(*groups):
         return gained(*groups).iloc[1]
 
-    # One seed each at 90 %: sqrt(0.9 * 0.1 / 10,000) is 0.3 points, and 2.23 errors are asked for.
-    single = gain([90.0], [90.9])
+    # At 90 %: sqrt(0.9 * 0.1 / 10,000) is 0.3 points. One seed is never enough for a conclusion.
+    single = gain([90.0], [95.0])
     assert single["gain_error"] == pytest.approx(0.3 * math.sqrt(2)) and not single["clear"]
-    assert gain([90.0], [91.0])["clear"] and gain([90.0], [89.0])["clear"]
-    # By chance, one of many will gain a point (Holm): p is 0.040 for 91, 0.005 for 91.5.
-    assert gained([90.0], [91.0], [91.0])["clear"].tolist() == [False, False, False]
-    assert gained([90.0], [91.0], [91.5])["clear"].tolist() == [False, True, True]
-    assert gained([90.0], [91.0], [90.0], [91.5])["clear"].tolist() == [False, False, False, True]
+    assert not gain([90.0], [95.0, 95.0])["clear"] and not gain([90.0, 90.0], [95.0])["clear"]
+    # Of two pairs that agree, s is 0.3 root(10 / 12), so the error 0.274; it takes 2.18 errors.
+    base = [90.0, 90.0]
+    assert not gain(base, [90.55] * 2)["clear"]
+    assert gain(base, [90.65] * 2)["clear"] and gain(base, [89.35] * 2)["clear"]
+    # By chance, one of many will gain as much (Holm): p is 0.040 for 90.6, 0.005 for 90.9.
+    few, many = [90.6] * 2, [90.9] * 2
+    assert gained(base, few, few)["clear"].tolist() == [False, False, False]
+    assert gained(base, few, many)["clear"].tolist() == [False, True, True]
+    assert gained(base, few, base, many)["clear"].tolist() == [False, False, False, True]
+    alone = gained(base, [90.65] * 2, [90.9], [90.9])
+    assert alone["clear"].tolist() == [False, True, False, False]
     # Seeds that agree by chance don't make half a point clear; those that don't, blur a whole one.
     assert not gain([90.0, 90.0, 90.0], [90.5])["clear"]
     assert not gain([89.0, 90.0, 91.0], [91.2])["clear"]

@@ -239,7 +239,9 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
         look = {"color": colours[_kind(run)], "marker": "o" if run.epochs <= 15 else ""}
         _draw_curves(loss, run, "loss", look)
         _draw_curves(accuracy, run, "acc", look)
-        lr.plot(run.history["epoch"], run.history["lr"] / run.recipe["lr"], **look)
+        steps = "steps-mid" if run.recipe["schedule"] == "plateau" else "default"
+        rates = run.history["lr"] / run.recipe["lr"]
+        lr.plot(run.history["epoch"], rates, drawstyle=steps, **look)
     for kind, run in {_kind(run): run for run in reversed(runs)}.items():
         for axes in (loss, accuracy):
             _draw_growth(axes, _sides(run), colours[kind], named=len(colours) == 1)
@@ -375,7 +377,7 @@ def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
 def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int = 64) -> Figure:
     """The effective receptive field beside the theoretical one and the image.
 
-    It is measured on the first `n` test images, each continued by reflection on all sides, so
+    It is measured on the first `n` training images, each continued by reflection on all sides, so
     that the theoretical field fits in.
 
     Args:
@@ -390,12 +392,12 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
     theoretical, missing = last.field, max(IMAGE_SIDE, last.field - IMAGE_SIDE) / 2
     margin = last.jump * math.ceil(missing / last.jump)  # whole positions of the last layer
     around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-    images = np.pad(data.test_images[:n], around, mode="reflect")
+    images = np.pad(data.train_images[:n], around, mode="reflect")
     field = measures.effective_receptive_field(model, images, mean, std)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
     _draw_field(left, field, theoretical, margin)
     _draw_shares(right, field, theoretical)
-    what = f"Effective receptive field over {counted(len(images), 'image')}"
+    what = f"Effective receptive field over {counted(len(images), 'training image')}"
     return _titled(figure, f"{what}, continued by reflection · {title}")
 
 
@@ -427,7 +429,7 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     figure.supxlabel(
         f"validation accuracy less the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
         "points\nbars: 95 % intervals, each by itself; green: better, red: worse, grey: within "
-        "noise, for all together"
+        "noise for all together, or n = 1"
     )
     epochs = counted(table.attrs["epochs"], "epoch")
     return _titled(figure, f"{title} · {epochs} · {table.attrs['data']}")
@@ -457,8 +459,9 @@ def plot_search(search: optuna.Study, what: str = "history") -> Figure:
     check_choice("figure", what, SEARCH_FIGURES)
     made_for = search.user_attrs["made_for"]
     data = title(made_for["dataset"], made_for["limit"])
-    heading = f"Search `{search.study_name}`: {what} · {data}"
     complete = search.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    ended = f"{counted(len(complete), 'trial')} trained to the end"
+    heading = f"Search {search.study_name}: {what} · {ended} · {data}"
     if len(complete) < 2:
         figure, axes = plt.subplots(figsize=(8, 2))
         axes.annotate("no two trials have trained to their end yet", (0.3, 0.5))
@@ -473,6 +476,12 @@ def plot_search(search: optuna.Study, what: str = "history") -> Figure:
         panels[0].get_legend().remove()  # a line for each trial
         panels[0].set(xlabel="epoch", ylabel="validation accuracy, %")
         panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if what == "importances":
+        panels[0].get_legend().remove()
+        panels[0].set(xlabel="importance", ylabel="")
+    for axes in panels:  # Optuna brings a style of its own
+        axes.set_facecolor("white")
+        axes.grid(color=GREY, alpha=0.3)
     for side in ("left", "center"):
         panels[0].set_title("", loc=side)  # the figure's says it
     return _titled(figure, heading)

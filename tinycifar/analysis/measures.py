@@ -113,8 +113,9 @@ def gains(groups: pd.DataFrame, images: int) -> pd.DataFrame:
 
     Returns:
         gain; gain_error, its standard error; gain_interval, half of the 95 % interval by Student's
-        t, for this row alone; clear: a t-test finds a difference at 5 % for all rows together,
-        with Holm's correction (1979, www.jstor.org/stable/4615733). NaN and False of the base.
+        t, for this row alone; clear: a t-test finds a difference at 5 % for all such rows
+        together, with Holm's correction (1979, www.jstor.org/stable/4615733); never where one seed
+        is all that there is on either side. NaN and False of the base.
     """
     n, accuracy = groups["n"], groups["val_acc"]
     p, others = accuracy.iloc[0] / 100, np.arange(len(groups)) > 0
@@ -125,7 +126,8 @@ def gains(groups: pd.DataFrame, images: int) -> pd.DataFrame:
     gain = (accuracy - accuracy.iloc[0]).where(others)
     error = (spread * np.sqrt(1 / n + 1 / n.iloc[0])).where(others)
     interval = float(t.ppf(0.975, degrees)) * error
-    chance = pd.Series(2 * t.sf(gain.abs() / error, degrees), gain.index).dropna().sort_values()
+    several = others & (np.minimum(n, n.iloc[0]) > 1)
+    chance = pd.Series(2 * t.sf(gain.abs() / error, degrees), gain.index)[several].sort_values()
     # The clearest row has to stand out among all, the next one among those that are left.
     corrected = (chance * np.arange(len(chance), 0, -1)).cummax()
     clear = (corrected < 0.05).reindex(gain.index, fill_value=False)
