@@ -157,6 +157,23 @@ def get_policy(policy: str | Policy) -> Policy:
     return POLICIES[policy]
 
 
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images normalised and nothing else, without random draws.
+
+    Args:
+        images: uint8 (N, H, W, 3), on any device.
+        mean, std: as of `Batched`.
+
+    Returns:
+        float32 (N, 3, H, W) in channels_last memory, on the images' device.
+
+    Raises:
+        ValueError: as of `Batched`.
+    """
+    plain = Batched("none", mean, std).to(images.device)
+    return plain.transform(images, torch.zeros(len(images), plain.DRAWS, device=images.device))
+
+
 class Batched(nn.Module):
     """A policy for a whole batch at once, on the device where the images are.
 
@@ -216,7 +233,7 @@ class Batched(nn.Module):
                 f"Expected a CPU generator, got one on {generator.device}: draws are made on the "
                 "CPU, so that every device augments alike."
             )
-        return torch.rand(count, cls.DRAWS, generator=generator)
+        return torch.rand(count, cls.DRAWS, generator=generator, device="cpu")
 
     @staticmethod
     def set_flips(draws: Tensor, mirrored: Tensor) -> None:

@@ -11,7 +11,7 @@ from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar.checks import check_flag
 from tinycifar.weights import load_pretrained
 
-dependencies = ["torch", "numpy", "PIL", "filelock", "tqdm"]
+dependencies = ["torch", "numpy", "PIL", "filelock"]
 
 
 def net_cifar10_tiny(

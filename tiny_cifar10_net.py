@@ -149,10 +149,6 @@ class FusedNet(nn.Module):
     For one image, calling modules costs a tenth of the time.
     """
 
-    classes: tuple[str, ...] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
     def __init__(self, network: Any):
         super().__init__()
         self.classes, self.mean, self.std = network.classes, network.mean, network.std

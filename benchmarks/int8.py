@@ -25,9 +25,8 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Evaluate `tuned` with simulated int8 in several ways, and the run of the recipe `int8`."""
     network, splits = load_pretrained("tuned"), DataSplits(load("cifar10"), "val")
-    plain = augment.Batched("none", network.mean, network.std)
     images = splits.train[0][splits.train_index[:CALIBRATION]]
-    batches = plain.transform(images, torch.zeros(len(images), plain.DRAWS)).split(64)
+    batches = augment.normalised(images, network.mean, network.std).split(64)
     convs = {n: m for n, m in folded(network).named_modules() if isinstance(m, nn.Conv2d)}
     first, *_, head = convs
     dilated = [name for name, conv in convs.items() if conv.dilation[0] > 1]

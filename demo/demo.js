@@ -36,7 +36,7 @@ function weightsAlong(size, crop) {
   });
 }
 
-/** The weighted sums along one axis, rounded to bytes; `at(i)` is where pixel i of it lies. */
+/** The weighted sums along one axis, rounded to bytes; `source[start + i * step]` is the red of pixel i. */
 function sumInto(target, offset, { first, weights }, source, start, step) {
   let red = 0, green = 0, blue = 0;
   for (let j = 0, k = start + first * step; j < weights.length; j++, k += step) {

@@ -46,11 +46,10 @@ def test_log_probabilities_are_the_networks_own(net, tiny, stats):
     torch.testing.assert_close(both.exp(), (plain.exp() + mirrored.exp()) / 2, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tta", [False, True])
-def test_loss_and_accuracy_are_of_these_log_probabilities(net, tiny, stats, tta):
-    log_p = log_probabilities(net, tiny.test_images, stats, tta=tta)
+def test_loss_and_accuracy_are_of_these_log_probabilities(net, tiny, stats):
+    log_p = log_probabilities(net, tiny.test_images, stats)
     labels = torch.from_numpy(tiny.test_labels)
-    loss, percent = evaluate(net, tiny.test_images, tiny.test_labels, stats, tta=tta)
+    loss, percent = evaluate(net, tiny.test_images, tiny.test_labels, stats)
     assert loss == pytest.approx(F.nll_loss(log_p, labels).item())
     assert percent == pytest.approx(100 * (log_p.argmax(1) == labels).double().mean().item())
 
@@ -110,10 +109,11 @@ def test_eval_mode_gives_the_mode_back_whatever_happens(net):
         assert net.training is training
 
 
-def test_convolutions_are_float32_whatever_the_caller_set():
-    conv = torch.backends.cudnn.conv
+@pytest.mark.parametrize(("library", "low"), [("cudnn", "tf32"), ("mkldnn", "bf16")])
+def test_convolutions_are_float32_whatever_the_caller_set(library, low):
+    conv = getattr(torch.backends, library).conv
     before = conv.fp32_precision
-    for precision in ("tf32", "ieee", before):
+    for precision in (low, "ieee", before):
         conv.fp32_precision = precision
         with full_precision():
             assert conv.fp32_precision == "ieee" and torch.backends.cudnn.deterministic

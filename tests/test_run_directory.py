@@ -480,6 +480,25 @@ def test_a_folder_is_trained_by_one_process_at_a_time(begun, tiny):
         pass  # let go of, whatever happened
 
 
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_is_used_without(begun, tiny, monkeypatch, reason):
+    """No file in place of the lock: it would outlive its process, and keep others off for ever."""
+
+    def flock(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    who = identity(SMALL, 0, "val", tiny)
+    opened = begun.opened(config_of(who), who)
+    if reason == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(reason)), opened:
+            pass
+    else:
+        for _ in range(2):  # the first leaves nothing that stops the second
+            with begun.opened(config_of(who), who):
+                begun.save(state())
+
+
 def test_a_lock_of_another_library_is_respected(begun, tiny):
     fcntl = pytest.importorskip("fcntl")
     who = identity(SMALL, 0, "val", tiny)
@@ -681,6 +700,8 @@ def test_the_teacher_counts_by_its_weights_while_it_is_there(tiny):
 
 def test_force_removes_what_another_run_left(begun, tiny):
     begun.save(state())
+    for page in ("training.ipynb", "analysis.html"):  # which show that run
+        (begun.path / page).touch()
     who = identity(SMALL, 1, "val", tiny)
     with (
         pytest.raises(RunError, match="seed is 0 there and 1 now"),

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from tinycifar.recipes import RECIPES
 SOURCES = {
     "count": ("n = 1\nrun_dir = None", "import sys\nprint('counted', n, sys.executable)"),
     "divide": ("n = 1", "1 / n"),
+    "where": ("n = 1", "import os\nprint('in', os.getcwd())"),
     "die": ("how = 9", "import os\nos.kill(os.getpid(), how)"),
     "exhaust": ("n = 1", "raise MemoryError"),
     "learn": ("changes = {}\nforce = False\nlr = None", "print('learns', lr, changes)"),
@@ -34,6 +34,7 @@ SOURCES = {
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Small notebooks in place of the project's own."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "notebooks")
     notebooks.NOTEBOOKS.mkdir()
     for name, (declared, source) in SOURCES.items():
@@ -64,6 +65,11 @@ def test_a_file_that_is_no_notebook_is_named(small, tmp_path, content):
     with pytest.raises(ValueError, match=r"count\.ipynb is not a notebook: "):
         run_notebooks(["count"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_relative_paths_mean_the_same_to_the_kernel_as_to_the_caller(small, tmp_path):
+    run_notebooks(["where"], "run")
+    assert f"in {tmp_path}" in (tmp_path / "run" / "where.ipynb").read_text()
 
 
 def test_links_are_replaced_and_not_followed(small, tmp_path):
@@ -122,25 +128,15 @@ def test_want_of_memory_is_named(small, tmp_path, capsys, name):
     assert "the same command goes on" in said
 
 
-NOTEBOOK_WITHOUT_MEMORY = """
-import os
-from tinycifar import notebooks
-from tinycifar.__main__ import main
-def _settle(*_):
-    os.kill(os.getpid(), 9)
-notebooks._settle = _settle
-if __name__ == "__main__":
-    main(["notebook", "stats"])
-"""
+def dies(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_so_is_it_where_the_settings_are_checked(tmp_path):
+def test_so_is_it_where_the_settings_are_checked(monkeypatch):
     """In a process of its own, where torch isn't there yet."""
-    script = tmp_path / "script.py"
-    script.write_text(NOTEBOOK_WITHOUT_MEMORY)
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
-    assert "memory ran out (A process in the process pool was terminated abruptly" in ended.stderr
+    monkeypatch.setattr(notebooks, "_settle", dies)
+    with pytest.raises(RuntimeError, match=r"memory ran out \(A process in the process pool was"):
+        notebooks._settle_apart({}, {}, {})
 
 
 def test_sigterm_ends_the_notebook_too(small, tmp_path, capsys):
@@ -197,12 +193,6 @@ def test_the_folder_is_named_after_what_is_trained(executed, monkeypatch, tmp_pa
     assert given(executed)["run_dir"] == str(tmp_path / "2024")
     run_notebooks(["tuning_CNN_CIFAR10"])
     assert given(executed)["run_dir"] == str(tmp_path / "runs/tour")
-
-
-def test_a_folder_outside_the_checkout_is_given_whole(executed, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # kernels run in the checkout all the same
-    run_notebooks(["training"], "mine")
-    assert given(executed)["run_dir"] == str(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -263,9 +253,7 @@ def test_another_run_is_refused_before_its_notebooks_are_touched(
 def test_a_run_of_these_settings_is_resumed(executed, a_run):
     run_notebooks(notebooks.ALL, a_run)
     run_notebooks(["training"], a_run, {"dataset": "shapes"}, {"limit": 10_000})  # which is all
-    (a_run / "analysis.html").write_text("of the run before")
     run_notebooks(notebooks.ALL, a_run, {"recipe": "tuned", "force": 1})
-    assert not (a_run / "analysis.html").exists()
     run_notebooks(["analysis"], a_run, {"recipe": "tuned"})  # looks at what is there
     names = [*notebooks.ALL, "training", *notebooks.ALL, "analysis"]
     assert [name for name, _ in executed] == names

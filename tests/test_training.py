@@ -1,12 +1,14 @@
 """training.py: the loop, against plain PyTorch written out by hand, and what it may see."""
 
 import json
+import math
 import shutil
 import threading
 import warnings
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,6 +325,18 @@ def test_on_epoch_gets_each_row_of_the_history(tiny, tmp_path):
     written = RunDirectory(tmp_path / "r").history()
     for row, (_, expected) in zip(rows, written.iterrows(), strict=True):
         assert row == pytest.approx(expected.to_dict())
+
+
+def test_on_epoch_may_do_with_its_row_what_it_likes(tiny, tmp_path):
+    def logger(row):
+        row["run"] = "mine"
+        row.pop("epoch")
+        row["val_acc"] = math.nan
+
+    for folder, on_epoch in (("alone", None), ("logged", logger)):
+        train(SMALL, tmp_path / folder, dataset=tiny, progress=False, on_epoch=on_epoch)
+    alone, logged = (RunDirectory(tmp_path / folder).history() for folder in ("alone", "logged"))
+    pd.testing.assert_frame_equal(alone.drop(columns="seconds"), logged.drop(columns="seconds"))
 
 
 def test_on_epoch_may_end_the_run_which_is_finished_then(tiny, tmp_path):
@@ -674,6 +688,17 @@ def test_the_callers_default_dtype_is_not_the_recipes(tiny, tmp_path):
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+    assert_same_outcome(tmp_path / "alone", tmp_path / "within")
+
+
+def test_the_callers_default_device_is_not_the_recipes(tiny, tmp_path):
+    train(ONE_EPOCH, tmp_path / "alone", dataset=tiny, progress=False)
+    torch.set_default_device("meta")
+    try:
+        train(ONE_EPOCH, tmp_path / "within", dataset=tiny, progress=False)
+        assert torch.get_default_device() == torch.device("meta")
+    finally:
+        torch.set_default_device(None)
     assert_same_outcome(tmp_path / "alone", tmp_path / "within")
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # How long a waiting OpenMP thread spins before it sleeps, as in the Makefile. It has to be said
 # before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+# Deterministic algorithms of CUDA ask for it, before anything is multiplied on the GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Name: the module that it is from, imported when the name is first asked for. So a part that needs
 # little, the command line's help or reading a run, doesn't wait for torch and matplotlib.

@@ -102,8 +102,6 @@ def train(
     from tinycifar import data, recipes, training
 
     values = _values(changes)
-    if "recipe" in values:
-        raise ValueError("give the recipe as --recipe; -p changes one of its fields")
     metrics = training.train(
         recipes.get_recipe(recipe, **values),
         run or None,

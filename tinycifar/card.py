@@ -17,6 +17,7 @@ from tinycifar import analysis, shapes
 from tinycifar.data import Data
 from tinycifar.inference import OnnxNetwork, load_onnx
 from tinycifar.paths import RESULTS
+from tinycifar.run_directory import RunDirectory, find_run
 
 FILE = RESULTS / "card.json"
 EXPORTED = RESULTS / "export"  # the default weights as ONNX files
@@ -112,7 +113,7 @@ def values() -> dict[str, str]:
     """The numbers within the card's sentences, by the names of their marks."""
     card = read()
     confusion = np.array(card["confusion"])
-    metrics = _metrics()
+    metrics = RunDirectory(find_run(RUN)).metrics()
     return {
         "card.parameters": f"{metrics['params']:,}",
         "card.macs": f"{metrics['macs']:,}",
@@ -154,9 +155,3 @@ def _exported() -> pd.DataFrame:
         }
         for row in result["files"]
     )
-
-
-def _metrics() -> dict[str, Any]:
-    metrics = analysis.load_run(RUN).metrics
-    assert metrics is not None  # it is published
-    return metrics

@@ -195,7 +195,7 @@ class DataSplits:
         self.data, self.protocol = data, protocol
         self.train = images, labels = _tensor(data.train_images), _tensor(data.train_labels)
         self.test = _tensor(data.test_images), _tensor(data.test_labels)
-        self.train_index = torch.arange(len(labels))
+        self.train_index = torch.arange(len(labels), device="cpu")
         self.selection: tuple[Tensor, Tensor] | None = None
         if protocol == "val":
             self.train_index, held_back = map(torch.from_numpy, split(data.train_labels))

@@ -38,20 +38,18 @@ def log_probabilities(
     images = torch.as_tensor(images)
     check_images("images", images)
     device = next(model.parameters()).device
-    plain = augment.Batched("none", stats.mean, stats.std).to(device)
-    no_draws = torch.zeros(batch_size, plain.DRAWS, device=device)  # nothing here is random
     all_log_p: Tensor | None = None
     with torch.inference_mode(), full_precision(), eval_mode(model):
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size].to(device)
-            batch = plain.transform(part, no_draws[: len(part)])
+            batch = augment.normalised(part, stats.mean, stats.std)
             log_p = model(batch)
             if tta:
                 log_p = torch.logaddexp(log_p, model(batch.flip(3))) - math.log(2)
             if all_log_p is None:
                 # One tensor for all: many small ones would stay between the large buffers, which
                 # then couldn't be used again, and cost 0.3 GB.
-                all_log_p = torch.empty(len(images), log_p.shape[1])
+                all_log_p = torch.empty(len(images), log_p.shape[1], device="cpu")
             all_log_p[start : start + len(batch)] = log_p
     assert all_log_p is not None
     return all_log_p.clone()  # a plain tensor, not one of inference mode
@@ -62,14 +60,12 @@ def evaluate(
     images: Tensor | np.ndarray,
     labels: Tensor | np.ndarray,
     stats: Stats,
-    *,
-    tta: bool = False,
 ) -> tuple[float, float]:
     """(mean negative log-likelihood, accuracy in percent) on uint8 images (N, 32, 32, 3).
 
-    Labels are int64 (N,). For `stats`, `tta` and what is raised see `log_probabilities`.
+    Labels are int64 (N,). For `stats` and what is raised see `log_probabilities`.
     """
-    log_p = log_probabilities(model, images, stats, tta=tta)
+    log_p = log_probabilities(model, images, stats)
     labels = torch.as_tensor(labels)
     check_labels("labels", labels, *log_p.shape)
     return F.nll_loss(log_p, labels).item(), accuracy(log_p, labels)
@@ -97,6 +93,7 @@ _SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (_CUDNN.conv, "fp32_precision", "ieee"),  # by default rounded to TF32
     (_CUDNN, "deterministic", True),
     (_CUDNN, "benchmark", False),
+    (_MKLDNN.conv, "fp32_precision", "ieee"),
     (_MKLDNN.matmul, "fp32_precision", "ieee"),  # of 1x1 convolutions as well
 )
 _lock = threading.Lock()

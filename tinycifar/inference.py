@@ -49,7 +49,6 @@ class OnnxNetwork:
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
-        """See the class."""
         try:
             import onnxruntime
         except ImportError as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tinycifar.checks import explained
-from tinycifar.paths import CHECKOUT, absolute, shown
+from tinycifar.paths import CHECKOUT, absolute, home, shown
 
 NOTEBOOKS = (CHECKOUT or Path.cwd()) / "notebooks"
 ALL = ("stats", "training", "analysis")
@@ -63,14 +63,9 @@ def run_notebooks(
     declared = {name: _declared_parameters(name) for name in names}
     given = {**SETTINGS, **(settings or {}), "run_dir": run_dir}, dict(extra or {})
     command = getattr(sys.modules["__main__"].__spec__, "name", "") == "tinycifar.__main__"
-    if not command or "torch" in sys.modules:  # a script would have to be guarded for spawning
-        folder, parameters = _settle(declared, *given)
-    else:  # in a process that ends: the kernels have better use for the 0.4 GB that torch takes
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            try:
-                folder, parameters = pool.submit(_settle, declared, *given).result()
-            except BrokenProcessPool as error:
-                raise RuntimeError(explained(str(error))) from error
+    # A new process imports what was started: a script may be without a guard, the command isn't.
+    apart = command and "torch" not in sys.modules
+    folder, parameters = (_settle_apart if apart else _settle)(declared, *given)
     started = time.time() - 1  # the times of files are coarse
     warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
     log = logging.getLogger("papermill")
@@ -80,9 +75,6 @@ def run_notebooks(
         for name in names:
             print(f"notebooks/{name}.ipynb -> {shown(folder)}/{name}.ipynb", flush=True)
             _execute(name, folder, parameters[name])
-            if parameters[name].get("force"):
-                for page in ("analysis.ipynb", "analysis.html"):  # of the run that was there before
-                    (folder / page).unlink(missing_ok=True)
     except BaseException as error:
         metrics = folder / "metrics.json"
         trained = metrics.is_file() and metrics.stat().st_mtime >= started
@@ -154,12 +146,20 @@ def _settle(
             meant["dataset"] = given["dataset"]
         RunDirectory(folder).kept(meant)  # refuses another
     RunDirectory(folder).make()
-    home = NOTEBOOKS.parent  # where the kernels run, whatever folder the caller is in
-    given["run_dir"] = str(folder.relative_to(home) if folder.is_relative_to(home) else folder)
+    given["run_dir"] = str(shown(folder))
     return folder, {
         name: {key: value for key, value in given.items() if key in names}
         for name, names in declared.items()
     }
+
+
+def _settle_apart(*arguments: Any) -> tuple[Path, dict[str, Parameters]]:
+    """`_settle` in a process that ends: kernels have better use for the 0.4 GB that torch takes."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_settle, *arguments).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(explained(str(error))) from error
 
 
 def _folder(names: list[str], trains: bool, given: str, default: str) -> Path:
@@ -198,7 +198,7 @@ def _execute(name: str, folder: Path, parameters: Parameters) -> None:
             parameters,
             kernel_name="python3",
             kernel_manager_class=_kernel_manager(),
-            cwd=NOTEBOOKS.parent,
+            cwd=home(),  # so that relative paths mean what they mean to the caller
             progress_bar=False,
             log_output=True,
             extra_arguments=["--log-level=50"],  # of the kernel itself only what is fatal

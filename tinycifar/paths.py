@@ -18,16 +18,17 @@ CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() els
 RESULTS = (CHECKOUT or _PACKAGE) / "results"
 
 
-def _home() -> Path:
+def home() -> Path:
+    """The folder from where relative paths count."""
     here = Path.cwd()
     return CHECKOUT if CHECKOUT and here.is_relative_to(CHECKOUT) else here
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
     """`path` from where relative paths count, `~` expanded; an absolute one as it is."""
-    return _home() / Path(path).expanduser()
+    return home() / Path(path).expanduser()
 
 
 def shown(path: Path) -> Path:
     """`path` as messages and notebooks name it: relative where it can be."""
-    return path.relative_to(_home()) if path.is_relative_to(_home()) else path
+    return path.relative_to(home()) if path.is_relative_to(home()) else path

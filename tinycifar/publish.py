@@ -31,6 +31,7 @@ from tinycifar.paths import CHECKOUT, RESULTS, shown
 from tinycifar.recipes import RECIPES
 from tinycifar.run_directory import write_file
 from tinycifar.studies import load_study
+from tinycifar.training import test_figures
 from tinycifar.weights import load_pretrained
 
 _ROOT = CHECKOUT or Path()
@@ -429,9 +430,7 @@ def verify(runs: Iterable[Run] | None = None) -> None:
 def measure(run: Run, data: Data) -> dict[str, float]:
     """What tables quote of a run, evaluated on `data`, by its name in metrics.json."""
     model, splits = load_pretrained(run.folder), run.splits(data)
-    loss, accuracy = evaluate(model, *splits.test, run.stats)
-    flipped = evaluate(model, *splits.test, run.stats, tta=True)[1]
-    figures = {"test_acc": accuracy, "test_loss": loss, "test_acc_tta": flipped}
+    figures = test_figures(model, splits)
     if run.protocol == "val" and splits.selection is not None:
         figures["val_acc"] = evaluate(model, *splits.selection, run.stats)[1]
     return figures

@@ -238,7 +238,7 @@ def check_protocol(recipe: Recipe, protocol: str) -> None:
         )
 
 
-def get_recipe(recipe: str | Recipe, **changes: Any) -> Recipe:
+def get_recipe(recipe: str | Recipe, /, **changes: Any) -> Recipe:
     """A preset by name (or a Recipe as it is), with `changes` applied.
 
     None means unchanged, but for stop_patience, ema and teacher, which it switches off.

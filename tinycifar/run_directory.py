@@ -12,6 +12,7 @@ A run directory holds
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
+# In this order: without last.pt no run goes on by mistake, and until config.json is gone it says
+# whose the others are. The pages are those of notebooks, which show the run that was.
+_PAGES = [f"{n}.{kind}" for n in ("training", "analysis", "export") for kind in ("ipynb", "html")]
+_REMOVED = ("last.pt", "metrics.json", *_PAGES, "best.pt", "history.csv", "config.json")
 HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 # Preset: the published run, settled without the test set, whose weights go by its name.
 PRETRAINED = {
@@ -239,9 +244,9 @@ class RunDirectory:
             ValueError: it is damaged, or another run's.
         """
         file = self.path / "last.pt"
-        state = read_tensors(file) if file.is_file() else None
-        if state is None:
+        if not file.is_file():
             return None
+        state = read_tensors(file)
         if not isinstance(state, dict):
             raise ValueError(f"{file} is not a checkpoint, as train() writes it")
         self._check_noted(self._read_config(), state, "last.pt")
@@ -293,7 +298,7 @@ class RunDirectory:
         """
         with self._locked():
             if force and (self.is_finished or self._differences(identity)):
-                for name in reversed(FILES):  # config.json last: until then it says whose they are
+                for name in _REMOVED:
                     (self.path / name).unlink(missing_ok=True)
             self.kept(identity)
             if (self.path / "config.json").is_file():
@@ -385,20 +390,10 @@ class RunDirectory:
         file = self.path / ".lock"
         if file.is_symlink():
             raise RunError(f"{file} is a link, which no lock of ours is: remove it")
-        lock = filelock.FileLock(file)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise RunLocked(
-                f"{self.path} is being trained by another process: wait for it or give another name"
-            ) from error
-        except NotImplementedError:
-            pass  # a file system without locks
-        try:
+        busy = "is being trained by another process: wait for it or give another name"
+        with locked(file, f"{self.path} {busy}"):
             self._lock = _status(file)
             yield
-        finally:
-            lock.release()
 
     def _check_held(self) -> None:
         """Refuse to write into a folder that isn't the one that was locked, or no more there."""
@@ -464,6 +459,28 @@ def _curves(history: str) -> str:
 def json_sha256(value: Any) -> str:
     """The checksum of a JSON value, however it was laid out in its file."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def locked(file: Path, busy: str, timeout: float = 0) -> Iterator[None]:
+    """Hold the lock of a file, which dies with the process; nothing where there are no locks.
+
+    Raises:
+        RunLocked: another process has held it for `timeout` seconds; says what `busy` says.
+    """
+    # In place of locks filelock would leave a file, which keeps other machines off for ever.
+    lock = filelock.FileLock(file, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=timeout)
+    except filelock.Timeout as error:
+        raise RunLocked(busy) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _status(file: Path) -> tuple[int, int] | None:

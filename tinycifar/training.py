@@ -50,9 +50,6 @@ from tinycifar.run_directory import (
 )
 from tinycifar.weights import load_network
 
-# Deterministic algorithms of CUDA ask for it, before anything is multiplied on the GPU.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 # So many images of one size pay for compiling the network for it: measured on two cores, at any
 # size, that takes what 40,000 to 60,000 images save.
 COMPILE_FROM = 80_000
@@ -267,7 +264,7 @@ def train(
             print("This run is finished, and kept: FORCE=1 (force=True) trains it again.")
         return _tested(run, experiment) if test and metrics["test_acc"] is None else metrics
     require_teacher(experiment)
-    if experiment.teacher and experiment.teacher.path.resolve() == run.path.resolve():
+    if experiment.teacher and run.path.exists() and experiment.teacher.path.samefile(run.path):
         raise ValueError(f"{run.path} can't be its own teacher: give another run_dir")
     with deterministic(experiment.device):
         # Before anything is replaced: a missing library or too little memory shows here.
@@ -340,20 +337,23 @@ class Trainer:
         recipe, splits, device = experiment.recipe, experiment.splits, experiment.device
         self.experiment, self.progress = experiment, progress
         _seed(key(experiment.seed), device)
-        model: Any = make_network(len(splits.data.classes), recipe.model_options)
-        if recipe.dirac:
-            optim.dirac(model)
+        teacher: Any = None
+        if recipe.teacher is not None:
+            teacher = load_network(_teacher(experiment))
+            if not _all_finite(teacher.state_dict().values()):
+                raise RunError(f"teacher {recipe.teacher!r} diverged: its weights aren't finite")
         if recipe.int8:
-            model = simulated_int8(load_network(_teacher(experiment)))
+            model = simulated_int8(teacher)
+        else:
+            model = make_network(len(splits.data.classes), recipe.model_options)
+            if recipe.dirac:
+                optim.dirac(model)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
         precision = getattr(torch, recipe.precision)
         sides = _worth_compiling(experiment)
         self.network = CompiledNetwork(self.model, recipe.batch_size, sides, precision)
         self.teacher: CompiledNetwork | None = None
-        if recipe.teacher is not None:
-            teacher = load_network(_teacher(experiment))
-            if not _all_finite(teacher.state_dict().values()):
-                raise RunError(f"teacher {recipe.teacher!r} diverged: its weights aren't finite")
+        if teacher is not None:
             teacher = folded(teacher).to(device, memory_format=torch.channels_last)
             self.teacher = CompiledNetwork(teacher, recipe.batch_size, sides, precision)
         self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
@@ -390,7 +390,7 @@ class Trainer:
         For `on_epoch`, and when training stops, see `train`. Raises: see `train_epoch`.
         """
         epochs = self.experiment.recipe.epochs
-        stop = [_is_true(on_epoch(row)) for row in self.history] if on_epoch else []
+        stop = [_is_true(on_epoch(dict(row))) for row in self.history] if on_epoch else []
         with _bar(total=epochs, unit="epoch", on=self.progress) as bar:
             bar.update(len(self.history))
             while not (self.stopped or any(stop)):
@@ -400,7 +400,7 @@ class Trainer:
                     bar.clear()
                     print(_line(row, epochs), flush=True)
                 bar.update()
-                stop.append(on_epoch is not None and _is_true(on_epoch(row)))
+                stop.append(on_epoch is not None and _is_true(on_epoch(dict(row))))
 
     def train_epoch(self) -> Row:
         """Train and evaluate the next epoch; returns its row of the history.
@@ -614,18 +614,22 @@ def deterministic(device: torch.device) -> Iterator[None]:
         filled = memory.fill_uninitialized_memory
         random_stream = torch.random.fork_rng([device] if device.type == "cuda" else [])
         recipes_precision = torch.autocast(device.type, enabled=False)  # not the caller's
-        dtype = torch.get_default_dtype()
+        dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
         with random_stream, full_precision(), recipes_precision:
             torch.use_deterministic_algorithms(True)
             # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
             memory.fill_uninitialized_memory = False
             torch.set_default_dtype(torch.float32)
+            if default_device.type != "cpu":  # a mode, which slows every call down
+                torch.set_default_device("cpu")
             try:
                 yield
             finally:
                 torch.use_deterministic_algorithms(before, warn_only=only_warned)
                 memory.fill_uninitialized_memory = filled
                 torch.set_default_dtype(dtype)
+                if default_device.type != "cpu":
+                    torch.set_default_device(default_device)
     finally:
         _one_at_a_time.release()
 

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import optuna
 import sqlalchemy
 from optuna.distributions import (
@@ -44,7 +43,7 @@ import augment
 from tinycifar.data import Data, load
 from tinycifar.paths import absolute
 from tinycifar.recipes import Recipe, in_full
-from tinycifar.run_directory import RunDirectory, RunError, RunLocked, unlike
+from tinycifar.run_directory import RunDirectory, RunError, RunLocked, locked, unlike
 from tinycifar.training import Diverged, Row, run_name, train
 
 HEARTBEAT = 20  # seconds between a worker's signs of life; it counts as dead after three times that
@@ -241,8 +240,9 @@ def _storage_trouble(url: str, error: BaseException) -> str:
 def connect(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
     """Open a storage, with its tables made; see `reachable` for what goes wrong."""
     patient = {"connect_args": {"timeout": PATIENCE}} if url.startswith("sqlite") else {}
+    quoted = sqlalchemy.make_url(url).render_as_string(hide_password=False)
     storage = RDBStorage(
-        url,
+        quoted,  # Optuna formats it, and a password may hold braces
         engine_kwargs={"pool_pre_ping": True, **patient},
         heartbeat_interval=heartbeat,
         grace_period=3 * heartbeat,
@@ -359,13 +359,9 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         if plan.search is not None:
             made_for[search[0]] = plan.identity | plan.search.description()
         was = {name: in_full(there[name].user_attrs["recipe"]) for name in wanted if name in there}
-        changed = {n for n in was if unlike({n: was[n]}, {n: wanted[n]["recipe"]})}
+        changed = {n: unlike({n: old}, {n: wanted[n]["recipe"]}) for n, old in was.items()}
         failed = {n for n in was if there[n].state == TrialState.FAIL}
-        differences = [
-            difference
-            for name in sorted(changed - failed)
-            for difference in unlike({name: was[name]}, {name: wanted[name]["recipe"]})
-        ]
+        differences = [line for name in sorted(was.keys() - failed) for line in changed[name]]
         for study, now in made_for.items():
             differences += unlike(study.user_attrs.get("made_for", now), now)
         if differences:
@@ -377,14 +373,14 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         for study, now in made_for.items():
             if "made_for" not in study.user_attrs:
                 study.set_user_attr("made_for", now)
-        again = [(whole, there[name]) for name in sorted(failed - changed)]
+        again = [(whole, there[name]) for name in sorted(failed) if not changed[name]]
         for study in search:
             again += [(study, t) for t in latest(study).values() if t.state == TrialState.FAIL]
         for study, trial in again:
             _queue_again(study, trial, afresh=True)
         for name, attributes in wanted.items():
             gone = name in there and there[name].state == TrialState.COMPLETE
-            missing = name not in there or gone or name in failed & changed
+            missing = name not in there or gone or (name in failed and changed[name])
             if missing and not is_done(RunDirectory(plan.folder / name)):
                 whole.enqueue_trial({}, user_attrs=attributes)
         if plan.search is not None:
@@ -408,17 +404,9 @@ def _queue_again(study: optuna.Study, trial: FrozenTrial, afresh: bool = False) 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time, of all that share the folder, makes and fills a storage."""
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=600)
-    except filelock.Timeout as error:
-        raise RunError(f"{folder} has been locked for ten minutes by another process") from error
-    except NotImplementedError:
-        pass  # a file system without locks
-    try:
+    busy = f"{folder} has been locked for ten minutes by another process"
+    with locked(folder / ".lock", busy, timeout=600):
         yield
-    finally:
-        lock.release()
 
 
 # --------------------------------------------------------------------------------------- a worker
@@ -539,7 +527,7 @@ class _Worker:
             trial.set_user_attr("dropped", True)
             raise _NotQueued
         if whole:
-            recipe = Recipe(**trial.user_attrs["recipe"])
+            recipe = Recipe(**in_full(trial.user_attrs["recipe"]))
         else:
             assert plan.search is not None
             number = original(study.get_trials(deepcopy=False)[trial.number])

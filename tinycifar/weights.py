@@ -126,7 +126,6 @@ class TorchNetwork:
     """
 
     def __init__(self, model: Any) -> None:
-        """See the class."""
         if not all(getattr(model, name, None) for name in ("classes", "mean", "std")):
             raise ValueError(
                 "this network doesn't know its classes, mean and std: get one from "

@@ -40,6 +40,7 @@ from tinycifar.analysis.tables import field_table, layer_table, runs_table, stud
 from tinycifar.checks import check_choice, check_whole
 from tinycifar.costs import receptive_field
 from tinycifar.data import Data, channel_stats, title
+from tinycifar.images import SIDE
 from tinycifar.recipes import Recipe
 from tinycifar.weights import load_pretrained
 
@@ -54,7 +55,6 @@ Arguments = ParamSpec("Arguments")
 Colour = Any  # what matplotlib takes for one
 Kind = tuple[str, str]  # what runs share that are drawn alike: Run.kind and their data
 
-IMAGE_SIDE = 32  # side of an image of CIFAR-10, in pixels
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color, 2008).
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -122,11 +122,14 @@ def plot_class_counts(data: Data) -> Figure:
 def plot_samples(data: Data, per_class: int = 8) -> Figure:
     """The first `per_class` training images of each class, a row a class."""
     check_whole("per_class", per_class, 1)
-    rows = [data.train_images[data.train_labels == c] for c in range(len(data.classes))]
+    present = np.unique(data.train_labels)
+    rows = [data.train_images[data.train_labels == c] for c in present]
     per_class = min(per_class, *map(len, rows))
     size = (max(4.5, 0.62 * per_class + 1.2), 0.62 * len(rows) + 0.6)
     figure, axes = plt.subplots(figsize=size)
-    _draw_mosaic(axes, np.stack([row[:per_class] for row in rows]), data.classes)
+    _draw_mosaic(
+        axes, np.stack([row[:per_class] for row in rows]), [data.classes[c] for c in present]
+    )
     return _titled(figure, f"Training images · {data.title}")
 
 
@@ -181,11 +184,11 @@ def plot_receptive_field(model: nn.Module) -> Figure:
         undilated = 1 + ((table["kernel"] - 1) * jumps).cumsum()
         label = f"the same without dilation: up to {undilated.max()} px"
         axes.hlines(undilated, table.index - 0.35, table.index + 0.35, BLACK, lw=2, label=label)
-    axes.axhline(IMAGE_SIDE, color=BLACK, linestyle="--", linewidth=1)
-    axes.text(3, IMAGE_SIDE + 0.7, f"side of an image: {IMAGE_SIDE} px")
+    axes.axhline(SIDE, color=BLACK, linestyle="--", linewidth=1)
+    axes.text(3, SIDE + 0.7, f"side of an image: {SIDE} px")
     axes.set_xticks(table.index, table.apply(_field_label, axis=1), fontsize=8, va="top")
     axes.grid(axis="x", visible=False)
-    axes.set(ylim=(0, max(IMAGE_SIDE, last) * 1.12), ylabel="receptive field, px")
+    axes.set(ylim=(0, max(SIDE, last) * 1.12), ylabel="receptive field, px")
     axes.legend(loc="upper left")
     name = type(model).__name__
     axes.set_title(f"{name}: one position of the last layer sees {last} x {last} px")
@@ -305,8 +308,9 @@ def plot_per_class(predictions: Predictions) -> Figure:
     overall = 100 * counts.trace() / counts.sum()
     rows = []
     for name, correct, n in zip(predictions.classes, counts.diagonal(), counts.sum(1), strict=True):
-        test = binomtest(correct, max(n, 1))
-        rows.append((name, test.statistic, *test.proportion_ci(method="wilson")))
+        if n:
+            test = binomtest(correct, n)
+            rows.append((name, test.statistic, *test.proportion_ci(method="wilson")))
     shown = pd.DataFrame(rows, columns=["class", "rate", "low", "high"]).set_index("class") * 100
     shown = shown.sort_values("rate", kind="stable")
     whiskers = [shown["rate"] - shown["low"], shown["high"] - shown["rate"]]
@@ -386,14 +390,13 @@ def plot_effective_receptive_field(source: Run | nn.Module, data: Data, n: int =
     check_whole("n", n, 1)
     model: Any = load_pretrained(source.folder) if isinstance(source, Run) else source
     title = source.title if isinstance(source, Run) else data.title
-    stats = channel_stats(data.train_images)
-    mean, std = (getattr(model, name, None) or getattr(stats, name) for name in ("mean", "std"))
+    stats = model if getattr(model, "mean", None) else channel_stats(data.train_images)
     last = receptive_field(model)[-1]
-    theoretical, missing = last.field, max(IMAGE_SIDE, last.field - IMAGE_SIDE) / 2
+    theoretical, missing = last.field, max(SIDE, last.field - SIDE) / 2
     margin = last.jump * math.ceil(missing / last.jump)  # whole positions of the last layer
     around = ((0, 0), (margin, margin), (margin, margin), (0, 0))
     images = np.pad(data.train_images[:n], around, mode="reflect")
-    field = measures.effective_receptive_field(model, images, mean, std)
+    field = measures.effective_receptive_field(model, images, stats.mean, stats.std)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8))
     _draw_field(left, field, theoretical, margin)
     _draw_shares(right, field, theoretical)
@@ -673,7 +676,7 @@ def _draw_field(axes: Axes, field: np.ndarray, theoretical: int, margin: int) ->
     image = axes.imshow(field / field.max(), cmap="magma", norm=LogNorm(1e-4, 1, clip=True))
     axes.figure.colorbar(image, ax=axes, label="gradient, relative to its peak", shrink=0.85)
     for what, side, corner, colour, line in (
-        ("the image", IMAGE_SIDE, margin - 0.5, "white", "--"),
+        ("the image", SIDE, margin - 0.5, "white", "--"),
         ("theoretical field", theoretical, (len(field) - theoretical) / 2, SKY, "-"),
     ):
         look: dict[str, Any] = {"edgecolor": colour, "linestyle": line, "linewidth": 1.6}

@@ -166,13 +166,12 @@ def effective_receptive_field(
     if len(shape) != 4 or shape[1] != shape[2] or not len(images):
         raise ValueError(f"images must be square, of shape (N, S, S, 3), N > 0; got {shape}")
     device = next(model.parameters()).device
-    normalise = augment.Batched("none", mean, std).to(device)
     total = torch.zeros(shape[1:3], dtype=torch.float64)
     last: list[Tensor] = []
     gap: Any = model.gap
     with eval_mode(model), gap.register_forward_pre_hook(lambda _, x: last.append(x[0])):
         for part in torch.as_tensor(images).split(chunk):
-            pixels = normalise(part.to(device)).requires_grad_()
+            pixels = augment.normalised(part.to(device), mean, std).requires_grad_()
             model(pixels)
             features = last.pop()
             centre = features[:, :, features.shape[2] // 2, features.shape[3] // 2]

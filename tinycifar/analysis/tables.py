@@ -250,7 +250,7 @@ def study_table(runs: Iterable[Run]) -> pd.DataFrame:
         f"{base.data_title}, {counted(base.recipe['epochs'], 'epoch')} unless said otherwise. "
         "Accuracy: mean ± standard deviation over seeds (of two, both figures); loss: its mean; "
         "gain: in accuracy, ± its standard error (`analysis.gains`), bold where beyond noise "
-        "(t-test at 5 %, corrected after Holm for the number of rows)."
+        "(t-test at 5 %, corrected after Holm for the number of rows; never with one seed)."
     )
     if waiting := len(runs) - len(finished):
         note += f" Not finished, and left out: {counted(waiting, 'run')}."
