@@ -121,26 +121,43 @@ def folded(model: nn.Module) -> Any:
             another has a method `unrolled`, as that of tinycifar.networks.
 
     Raises:
-        ValueError: the model is in training mode, where BatchNorm depends on the batch.
+        ValueError: the model is in training mode, where BatchNorm depends on the batch; or its
+            BatchNorms aren't as said.
     """
     if model.training:
         raise ValueError("fuse takes a network in eval mode: call model.eval() first")
-    model = copy.deepcopy(model)
+    given, model = model, copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         unrolled: Any = getattr(module, "unrolled", None)
         if unrolled is not None and not name:
             model = unrolled()
         elif unrolled is not None:
             model.set_submodule(name, unrolled())
+    last = None
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d):
             last = name
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.BatchNorm2d) and last is not None:
             conv: Any = model.get_submodule(last)
             conv = fuse_conv_bn_eval(conv, module).requires_grad_()  # also the bias, which is new
             model.set_submodule(last, conv)
             model.set_submodule(name, nn.Identity())
+    _check_same(given, model)
     return model
+
+
+def _check_same(model: nn.Module, folded: nn.Module) -> None:
+    parameter, seeded = next(model.parameters()), torch.Generator().manual_seed(0)
+    if parameter.is_meta:
+        return
+    images = torch.rand(2, 3, 32, 32, generator=seeded, device="cpu").to(parameter)
+    with torch.no_grad():
+        expected, answer = model(images), folded(images)
+    if not torch.allclose(answer, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            "fuse takes a network whose BatchNorms each take what the convolution registered "
+            f"before gives; folded, this {type(model).__name__} answers differently"
+        )
 
 
 class FusedNet(nn.Module):

@@ -24,7 +24,31 @@ from tinycifar.acceleration import (
 from tinycifar.networks import BlueprintNet
 from tinycifar.weights import load_pretrained
 
+
+class Unusual(nn.Module):
+    """What looks like the layers that have a faster way, and isn't quite."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.dw = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, dilation=2, groups=8, bias=False),
+            nn.Conv2d(8, 16, 3, padding=2, dilation=2, groups=8, bias=False),
+            nn.Conv2d(
+                16, 16, 3, padding=2, dilation=2, groups=16, bias=False, padding_mode="circular"
+            ),
+            nn.Conv2d(16, 16, 3, padding=(2, 1), dilation=(2, 1), groups=16, bias=False),
+        )
+        self.bn, self.act = nn.BatchNorm2d(16), nn.ReLU()
+        self.gap, self.head = nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 10, 1)
+
+    def forward(self, x):
+        x = self.dw(self.stem(x))
+        return self.head(self.gap(self.act(x + self.bn(x)))).flatten(1).log_softmax(dim=1)
+
+
 NETWORKS = {
+    "unusual": Unusual,
     "tiny": lambda: NetCIFAR10_Tiny(width=0.25),
     "standard convolutions": lambda: NetCIFAR10_Tiny(width=0.25, separable=False),
     "blueprint": lambda: BlueprintNet(layout="4 8s2 8d2"),

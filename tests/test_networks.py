@@ -1,12 +1,18 @@
 """networks.py: networks written as one line, for screening; whether one is better is open."""
 
+import re
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import SMALL
 from torch import nn
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
 from tinycifar.costs import layer_costs
+from tinycifar.data import channel_stats, split
+from tinycifar.evaluation import evaluate
 from tinycifar.networks import (
     BlueprintBlock,
     BlueprintNet,
@@ -15,6 +21,10 @@ from tinycifar.networks import (
     make_network,
     read_layout,
 )
+from tinycifar.paths import CHECKOUT
+from tinycifar.recipes import get_recipe
+from tinycifar.training import train
+from tinycifar.weights import load_pretrained
 
 
 def test_a_layout_names_channels_strides_and_dilations():
@@ -124,6 +134,68 @@ def test_it_can_be_fused(skips, attention):
     torch.testing.assert_close(fused(x), net(x), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"\(N, 3, H, W\); got \(3, 32, 32\)"):
         fused(torch.zeros(3, 32, 32))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The network of docs/library.md, and variations of it, in a module `my_net`."""
+    page = (CHECKOUT / "docs" / "library.md").read_text(encoding="utf-8")
+    (code,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "MyNet" in b)
+    more = """
+class Logits(MyNet):
+    def forward(self, x):
+        return self.head(self.gap(self.stem(x))).flatten(1)
+
+class Wider(MyNet):
+    def __init__(self, num_classes):
+        super().__init__(num_classes + 1)
+
+class Headless(MyNet):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        del self.head
+"""
+    (tmp_path / "my_net.py").write_text(code + more)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_net", raising=False)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_network_of_ones_own_trains_and_loads(mine, tiny, tmp_path, precision):
+    recipe = get_recipe(SMALL, epochs=1, network="my_net:MyNet", precision=precision)
+    assert recipe.name.startswith("small-epochs=1,network=my_net_MyNet")
+    metrics = train(recipe, tmp_path / "r", dataset=tiny, progress=False)
+    model, state = load_pretrained(tmp_path / "r"), torch.get_rng_state()
+    load_pretrained(tmp_path / "r")
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random stream is left alone"
+    assert type(model).__name__ == "MyNet" and metrics["params"] == 2_938
+    stats = channel_stats(tiny.train_images, split(tiny.train_labels)[0])
+    accuracy = evaluate(model, tiny.test_images, tiny.test_labels, stats)[1]
+    assert accuracy == pytest.approx(metrics["test_acc"])
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(fuse(model)(x), model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "nothing_here:X",
+            r"can't be imported \(No module named 'nothing_here'\): expected",
+        ),
+        ("my_net:Missing", "can't be imported .*has no attribute 'Missing'"),
+        ("os:getcwd", "must be a class of torch modules; got <built-in function getcwd>"),
+        ("my_net:Headless", "has no head: its last feature map must go into a module `gap`"),
+        ("my_net:Logits", "must answer a batch .* with log-probabilities .*, as log_softmax"),
+        ("my_net:Wider", r"log-probabilities \(N, 10\).* of shape \(2, 11\)"),
+    ],
+)
+def test_what_isnt_a_network_is_refused(mine, tiny, tmp_path, name, says):
+    with pytest.raises(ValueError, match=says):
+        train(get_recipe(SMALL, network=name), tmp_path / "r", dataset=tiny)
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(ValueError, match="int8 takes a network of this package"):
+        get_recipe(SMALL, network=name, int8=True, teacher="tuned")
 
 
 def test_a_runs_model_options_make_its_network():

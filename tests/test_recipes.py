@@ -45,7 +45,7 @@ def test_baseline_is_the_published_recipe():
         ("optimizer", "adam", "unknown optimizer 'adam'; valid: sgd, adamw"),
         ("schedule", "step", "unknown schedule 'step'; valid: plateau, one_cycle"),
         ("precision", "half", "unknown precision 'half'; valid: float32, bfloat16"),
-        ("network", 16, "network must be 'tiny' or a layout, as text; got 16"),
+        ("network", 16, "network must be 'tiny', a layout or 'module:Class', as text; got 16"),
         ("build", "numpy", "unknown build 'numpy'; valid: batched, albumentations, torchvision"),
         ("policy", "strong", "(?i)unknown policy 'strong'.*none.*reference"),
     ],

@@ -188,6 +188,26 @@ def test_fuse_refuses_what_it_cant_fold():
         fuse(NetCIFAR10_Tiny(width=0.1).train())
 
 
+class NormFirst(nn.Sequential):
+    classes = mean = std = None
+
+    def __init__(self, conv):
+        bn = nn.BatchNorm2d(3)
+        bn.running_mean += 1
+        super().__init__(*[conv] * bool(conv), bn, nn.ReLU(), nn.Conv2d(3, 3, 1))
+        self.to(memory_format=torch.channels_last).eval()
+
+
+def test_fuse_refuses_what_it_would_fold_wrongly():
+    fuse(NormFirst(nn.Conv2d(3, 3, 1)))
+    elsewhere = NormFirst(nn.Conv2d(3, 3, 1))
+    elsewhere[0].register_forward_hook(lambda conv, images, out: 2 * out)  # before the norm
+    with pytest.raises(ValueError, match=r"each take what the convolution .* answers differently"):
+        fuse(elsewhere)
+    kept = folded(NormFirst(None))  # there is none to fold it into
+    assert any(isinstance(m, nn.BatchNorm2d) for m in kept.modules())
+
+
 def test_a_fused_network_is_laid_out_as_convolutions_are_fast():
     """Channels last; and it can be copied and sent to another process."""
     net, x = trained(), torch.randn(2, 3, 16, 16)

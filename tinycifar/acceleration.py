@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, compile, nn
 from torch.func import functional_call
@@ -120,7 +121,7 @@ def accelerated(
     """A twin of `model` for training on a CPU, of the same parameters and buffers.
 
     Depthwise convolutions whose gradients torch has no fast code for are replaced by ones that
-    have; and where all activations are ReLUs, each BatchNorm and its ReLU by one step.
+    have; and where a ReLU follows each BatchNorm, the two by one step.
 
     Args:
         precision: what passes between the layers, see `MixedPrecision`.
@@ -147,14 +148,27 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def _a_relu_follows_each_norm(model: nn.Module) -> bool:
-    """As in all networks here that have no other activation, and whose norms aren't folded."""
-    kinds = {type(m) for m in model.modules()}
-    return nn.BatchNorm2d in kinds and not kinds & {nn.SiLU, nn.GELU}
+    """Whether each BatchNorm's output goes into a ReLU and nowhere else, and these see no other."""
+    try:
+        graph = torch.fx.Tracer().trace(model)
+    except Exception:  # what depends on values can't be traced
+        return False
+
+    def kind(node: torch.fx.Node) -> type | None:
+        called = node.op == "call_module"
+        return type(model.get_submodule(str(node.target))) if called else None
+
+    norms = [list(node.users) for node in graph.nodes if kind(node) is nn.BatchNorm2d]
+    relus = [node for node in graph.nodes if kind(node) is nn.ReLU]
+    followed = [users[0] for users in norms if len(users) == 1 and users[0] in relus]
+    return len(followed) == len(norms) == len(relus) > 0
 
 
 def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:
     (stride, _), (dilation, _) = conv.stride, conv.dilation
-    if conv.kernel_size != (3, 3) or conv.bias is not None:
+    square = conv.stride == (stride,) * 2 and conv.dilation == conv.padding == (dilation,) * 2
+    plain = conv.padding_mode == "zeros" and conv.in_channels == conv.out_channels
+    if not (square and plain) or conv.kernel_size != (3, 3) or conv.bias is not None:
         return conv
     if stride == 1 and (dilation > 1 or precision == torch.bfloat16):
         return DilatedDepthwise(conv)

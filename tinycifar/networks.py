@@ -13,15 +13,19 @@ own (as in ThriftyNet: Coiffier et al., 2020, arXiv:2007.10106).
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from typing import Any, NamedTuple
 
+import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, check_images, conv_block
 from tinycifar.checks import check_choice
+from tinycifar.evaluation import eval_mode
+from tinycifar.images import SIDE
 from tinycifar.quantise import simulated_int8
 
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
@@ -189,8 +193,48 @@ def read_layout(layout: str) -> list[Layer]:
     ]
 
 
+def own_network(num_classes: int, name: str) -> nn.Module:
+    """A network of the caller's own: `name` is "module:Class", of a class that can be imported.
+
+    The class is called with the number of classes. Its last feature map goes into `gap`, and what
+    comes of it into `head`, as in the networks here; it answers with log-probabilities.
+
+    Raises:
+        ValueError: there is no such class, or it isn't such a network.
+    """
+    module, _, kind = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"network {name!r} can't be imported ({error}): expected 'module:Class', where `import "
+            "module` works, as for a file in the folder where Python is started"
+        ) from error
+    # Nothing else is called: the name may come with a run that somebody sent.
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"network {name!r} must be a class of torch modules; got {cls!r}")
+    network = cls(num_classes)
+    if missing := [part for part in ("gap", "head") if not hasattr(network, part)]:
+        raise ValueError(
+            f"network {name!r} has no {' and no '.join(missing)}: its last feature map must go "
+            "into a module `gap`, and what comes of it into `head`"
+        )
+    with torch.no_grad(), eval_mode(network):
+        answer = network(torch.zeros(2, 3, SIDE, SIDE))
+    expected = (2, num_classes)
+    if answer.shape != expected or not torch.allclose(answer.exp().sum(1), torch.ones(2)):
+        raise ValueError(
+            f"network {name!r} must answer a batch (N, 3, H, W) with log-probabilities (N, "
+            f"{num_classes}), as log_softmax(dim=1) gives; its answer to two images is of shape "
+            f"{tuple(answer.shape)}, with sums of exp() {answer.detach().exp().sum(-1).tolist()}"
+        )
+    return network
+
+
 def make_network(num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The network that a run's config.json describes under `model`."""
+    if "class" in options:
+        return own_network(num_classes, options["class"])
     kind = BlueprintNet if "layout" in options else NetCIFAR10_Tiny
     network = kind(num_classes, **{k: v for k, v in options.items() if k != "int8"})
     return simulated_int8(network.eval()) if options.get("int8") else network

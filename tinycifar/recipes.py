@@ -65,8 +65,9 @@ class Recipe:
     start_side: int = 32  # pixels: images are shrunk to this side in the first epoch and grow
     grow: float = 0.5  # to their own over this share of the epochs: cheap steps first
 
-    network: str = "tiny"  # NetCIFAR10_Tiny; or the layout of a networks.BlueprintNet, which
-    skips: str = "same"  # takes these three options
+    network: str = "tiny"  # NetCIFAR10_Tiny; your own, as "module:Class", see own_network in
+    # networks.py; or the layout of a BlueprintNet there, which takes these three options:
+    skips: str = "same"
     activation: str = "relu"
     attention: str = "none"
     dilated: bool = True  # the options of NetCIFAR10_Tiny
@@ -97,8 +98,12 @@ class Recipe:
                 f"{self.build!r} and policy {self.policy!r}"
             )
         if not isinstance(self.network, str):
-            raise ValueError(f"network must be 'tiny' or a layout, as text; got {self.network!r}")
-        if self.network != "tiny":
+            raise ValueError(
+                f"network must be 'tiny', a layout or 'module:Class', as text; got {self.network!r}"
+            )
+        if self.int8 and ":" in self.network:
+            raise ValueError(f"int8 takes a network of this package; got {self.network!r}")
+        if self.network != "tiny" and ":" not in self.network:
             with torch.device("meta"):  # where no random numbers are drawn
                 make_network(10, self.model_options)  # raises if it can't be built
         if not isinstance(self.teacher, str | None):
@@ -133,6 +138,8 @@ class Recipe:
     def model_options(self) -> dict[str, Any]:
         """What `networks.make_network` makes the network from."""
         int8 = {"int8": True} if self.int8 else {}
+        if ":" in self.network:
+            return {"class": self.network}
         if self.network != "tiny":
             names = ("skips", "activation", "attention")
             options = {"layout": self.network} | {name: getattr(self, name) for name in names}

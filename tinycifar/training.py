@@ -36,7 +36,7 @@ from tinycifar.costs import layer_costs
 from tinycifar.data import Data, DataSplits, load, title
 from tinycifar.evaluation import accuracy, evaluate, full_precision, log_probabilities
 from tinycifar.loaders import key, make_loader, resized
-from tinycifar.networks import make_network
+from tinycifar.networks import make_network, own_network
 from tinycifar.quantise import simulated_int8
 from tinycifar.recipes import Recipe, check_protocol, get_recipe
 from tinycifar.run_directory import (
@@ -123,6 +123,9 @@ def settle(
             f"batch_size must be a whole number from 1 to {len(splits.train_index)}, "
             f"the number of training images; got {recipe.batch_size}"
         )
+    if ":" in recipe.network:
+        with torch.random.fork_rng([]):
+            own_network(len(splits.data.classes), recipe.network)
     teacher = None
     if recipe.teacher is not None:
         with suppress(FileNotFoundError):  # a finished run needs it no more; see require_teacher

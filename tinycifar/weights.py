@@ -45,8 +45,10 @@ def load_network(run: RunDirectory) -> Any:
     """The same for a run directory; see `load_pretrained`."""
     config = run.config()
     try:
-        # No random numbers are drawn there, from a stream that a training may be using.
-        with torch.device("meta"):
+        # Of ours no random numbers are drawn, from a stream that a training may be using. Those of
+        # others may hold more than a file of weights does.
+        own = "class" in config["model"]
+        with torch.random.fork_rng([]) if own else torch.device("meta"):
             model: Any = make_network(len(config["classes"]), config["model"])
         model.classes = tuple(config["classes"])
         model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
@@ -55,7 +57,8 @@ def load_network(run: RunDirectory) -> Any:
             f"{run.path / 'config.json'} is not the config.json of a run: {error!r}"
         ) from error
     run.verify_weights()
-    return load_weights(run.path / "best.pt", model.to_empty(device="cpu")).eval()
+    model = model if own else model.to_empty(device="cpu")
+    return load_weights(run.path / "best.pt", model).eval()
 
 
 def load_weights(path: str | Path, model: nn.Module) -> nn.Module:
