@@ -235,7 +235,9 @@ def train(
         protocol: a name in PROTOCOLS.
         dataset: a name for `data.load`, or what it returned.
         device: auto (CUDA, else MPS, else CPU), or a torch device name.
-        workers: loader processes for the per-sample builds; changes the speed, not the bits.
+        workers: loader processes for the per-sample builds; changes the speed, not the bits. Where
+            processes are spawned (macOS, Windows, from Python 3.14 on), a script needs the guard
+            `if __name__ == "__main__":`.
         force: begin again where a run is there that is finished, or another one.
         progress: draw bars and print a line an epoch; False is silent.
         compile: True uses torch.compile, False does without, "auto" compiles for image sizes
