@@ -150,12 +150,40 @@ class Wider(MyNet):
     def __init__(self, num_classes):
         super().__init__(num_classes + 1)
 
+class Residue(MyNet):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.scale = nn.Parameter(torch.ones(16, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) + 0 * self.scale.sum()
+
+class Unseen(MyNet):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.auxiliary = nn.Linear(16, 3)
+
+class Fails(MyNet):
+    def forward(self, x):
+        return super().forward(x[:, :2])
+
+class Squeezes(MyNet):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.squeeze = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x * self.squeeze(x.mean((2, 3)))[:, :, None, None]
+        x = x + 0 * self.bn(self.conv(x))
+        return self.head(self.gap(x)).flatten(1).log_softmax(dim=1)
+
 class Headless(MyNet):
     def __init__(self, num_classes):
         super().__init__(num_classes)
         del self.head
 """
-    (tmp_path / "my_net.py").write_text(code + more)
+    (tmp_path / "my_net.py").write_text("import torch\n" + code + more)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_net", raising=False)
 
@@ -186,6 +214,11 @@ def test_a_network_of_ones_own_trains_and_loads(mine, tiny, tmp_path, precision)
         ("my_net:Missing", "can't be imported .*has no attribute 'Missing'"),
         ("os:getcwd", "must be a class of torch modules; got <built-in function getcwd>"),
         ("my_net:Headless", "has no head: its last feature map must go into a module `gap`"),
+        ("my_net:Unseen", "runs auxiliary without calling it as a module"),
+        (
+            "my_net:Fails",
+            r"fails on images \(2, 3, 32, 32\): .*to have 3 channels",
+        ),
         ("my_net:Logits", "must answer a batch .* with log-probabilities .*, as log_softmax"),
         ("my_net:Wider", r"log-probabilities \(N, 10\).* of shape \(2, 11\)"),
     ],
@@ -196,6 +229,26 @@ def test_what_isnt_a_network_is_refused(mine, tiny, tmp_path, name, says):
     assert not (tmp_path / "r").exists()
     with pytest.raises(ValueError, match="int8 takes a network of this package"):
         get_recipe(SMALL, network=name, int8=True, teacher="tuned")
+
+
+def test_parameters_of_ones_own_count_once_and_bfloat16_is_for_convolutions(mine, tiny, tmp_path):
+    recipe = get_recipe(SMALL, epochs=1, network="my_net:Residue", precision="bfloat16")
+    metrics = train(recipe, tmp_path / "r", dataset=tiny, progress=False)
+    assert metrics["params"] == 2_938 + 16
+    recipe = get_recipe(SMALL, epochs=1, network="my_net:Squeezes")
+    metrics = train(recipe, tmp_path / "s", dataset=tiny, progress=False)
+    assert metrics["macs"] == 16 * 16 * (432 + 2304) + 256 + 160
+    with pytest.raises(ValueError, match=r"can't be trained in bfloat16 .*float32 takes all"):
+        train(get_recipe(recipe, precision="bfloat16"), tmp_path / "t", dataset=tiny)
+
+
+def test_a_finished_run_outlives_its_class(mine, tiny, tmp_path):
+    recipe = get_recipe(SMALL, epochs=1, network="my_net:MyNet")
+    metrics = train(recipe, tmp_path / "r", dataset=tiny, progress=False)
+    sys.modules["my_net"].MyNet = None
+    assert train(recipe, tmp_path / "r", dataset=tiny, progress=False) == metrics
+    with pytest.raises(ValueError, match="network 'my_net:MyNet' must be a class"):
+        load_pretrained(tmp_path / "r")
 
 
 def test_a_runs_model_options_make_its_network():

@@ -237,6 +237,11 @@ def test_the_compiled_network_trains_alike(tiny, tmp_path, monkeypatch, precisio
     assert plain["compiled_sides"] == []
     near = {"float32": 1e-4, "bfloat16": 0.01}[precision]
     assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=near)
+    taught = get_recipe(recipe, teacher=str(tmp_path / "plain"), teaching=1.0)
+    for mode, folder in ((False, "taught"), (True, "compiled_taught")):
+        train(taught, tmp_path / folder, dataset=tiny, compile=mode, progress=False)
+    plain, compiled = (RunDirectory(tmp_path / f).history() for f in ("taught", "compiled_taught"))
+    assert compiled["train_loss"][0] == pytest.approx(plain["train_loss"][0], rel=near)
 
 
 def test_a_run_in_bfloat16_repeats_and_is_near_one_in_float32(tiny, tmp_path):

@@ -118,7 +118,7 @@ def _reason(error: Exception) -> str:
 def accelerated(
     model: nn.Module, precision: torch.dtype = torch.float32, norms: bool = True
 ) -> nn.Module:
-    """A twin of `model` for training on a CPU, of the same parameters and buffers.
+    """A twin of `model` for training on a CPU, of the same parameters, buffers and mode.
 
     Depthwise convolutions whose gradients torch has no fast code for are replaced by ones that
     have; and where a ReLU follows each BatchNorm, the two by one step.
@@ -130,7 +130,7 @@ def accelerated(
     """
     tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=tensors)
-    norms = norms and _a_relu_follows_each_norm(model)
+    norms = norms and model.training and _a_relu_follows_each_norm(model)
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Conv2d) and is_depthwise(child):
@@ -369,12 +369,12 @@ class MixedPrecision(nn.Module):
         tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.model, self.precision = copy.deepcopy(model, memo=tensors), precision
         self.model.gap = nn.Sequential(_Float32(), model.get_submodule("gap"))
-        parameters = dict(model.named_parameters())
+        convs = (nn.Conv2d, DilatedDepthwise, StridedDepthwise)
         self.rounded = [
-            name
-            for name in parameters
-            if parameters[f"{name.rpartition('.')[0]}.weight"].ndim == 4  # a convolution's
-            and not name.startswith("head")
+            f"{layer}.{name}"
+            for layer, module in model.named_modules()
+            if isinstance(module, convs) and layer.partition(".")[0] != "head"
+            for name, _ in module.named_parameters(recurse=False)
         ]
 
     def forward(self, images: Tensor) -> Tensor:

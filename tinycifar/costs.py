@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +37,11 @@ class Field:
 
 
 def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
-    """Parameters and multiply-adds of each convolution and BatchNorm, on (3, size, size) images.
+    """Parameters and multiply-adds of each layer that has any, on (3, size, size) images.
 
-    Multiply-adds are counted in the convolutions alone, as is usual: in inference a BatchNorm
-    folds into the convolution before it. A layer that is called several times has as many rows, the
-    first of them with its parameters.
+    Multiply-adds are counted in convolutions and linear layers alone, as is usual: in inference a
+    BatchNorm folds into the convolution before it. A layer that is called several times has as many
+    rows, the first of them with its parameters.
 
     Raises:
         ValueError: a layer isn't called as a module, as those of a fused network.
@@ -48,10 +49,12 @@ def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
     rows: list[LayerCost] = []
     for name, module, out in _trace(model, size):
         again = any(row.name == name for row in rows)
-        params = sum(p.numel() for p in module.parameters() if p.requires_grad and not again)
-        macs = 0
+        own = () if again else module.parameters(recurse=False)
+        params, macs = sum(p.numel() for p in own if p.requires_grad), 0
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             macs = module.weight.numel() * math.prod(out.shape[2:])
+        elif isinstance(module, nn.Linear):
+            macs = module.weight.numel() * math.prod(out.shape[1:-1])
         if params or macs:
             rows.append(LayerCost(name, type(module).__name__, tuple(out.shape[1:]), params, macs))
     return rows
@@ -94,18 +97,19 @@ def _trace(model: nn.Module, size: int) -> list[tuple[str, nn.Module, Tensor]]:
     model = copy.deepcopy(model).cpu().eval()
     seen: list[tuple[str, nn.Module, Tensor]] = []
 
-    def note(name: str) -> Any:
-        return lambda module, _, out: seen.append((name, module, out))
+    def note(name: str, module: nn.Module, _: Any, out: Any) -> None:
+        if isinstance(out, Tensor):
+            seen.append((name, module, out))
 
     for name, module in model.named_modules():
         if module._parameters or not list(module.children()):
-            module.register_forward_hook(note(name))
+            module.register_forward_hook(partial(note, name))
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     missed = {n for n, m in model.named_modules() if m._parameters} - {n for n, *_ in seen}
     if missed:
         raise ValueError(
-            f"{type(model).__name__} runs {min(missed)} without calling it as a module, so that it "
-            "can't be seen: pass the network as it was before fuse"
+            f"{type(model).__name__} runs {min(missed)} without calling it as a module that gives "
+            "a tensor, so that it can't be seen: pass a fused network as it was before fuse"
         )
     return seen

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, check_images, conv_block
 from tinycifar.checks import check_choice
+from tinycifar.costs import layer_costs
 from tinycifar.evaluation import eval_mode
 from tinycifar.images import SIDE
 from tinycifar.quantise import simulated_int8
@@ -219,8 +220,11 @@ def own_network(num_classes: int, name: str) -> nn.Module:
             f"network {name!r} has no {' and no '.join(missing)}: its last feature map must go "
             "into a module `gap`, and what comes of it into `head`"
         )
-    with torch.no_grad(), eval_mode(network):
-        answer = network(torch.zeros(2, 3, SIDE, SIDE))
+    try:
+        with torch.no_grad(), eval_mode(network):
+            answer = network(torch.zeros(2, 3, SIDE, SIDE))
+    except Exception as error:
+        raise ValueError(f"network {name!r} fails on images (2, 3, 32, 32): {error}") from error
     expected = (2, num_classes)
     if answer.shape != expected or not torch.allclose(answer.exp().sum(1), torch.ones(2)):
         raise ValueError(
@@ -228,6 +232,7 @@ def own_network(num_classes: int, name: str) -> nn.Module:
             f"{num_classes}), as log_softmax(dim=1) gives; its answer to two images is of shape "
             f"{tuple(answer.shape)}, with sums of exp() {answer.detach().exp().sum(-1).tolist()}"
         )
+    layer_costs(network)  # what can't be counted is refused before it is trained
     return network
 
 

@@ -59,7 +59,8 @@ def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
 def _mixing(model: nn.Module) -> list[Tensor]:
     """Weights of the convolutions that mix channels, but for the first and the head's."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [conv.weight for conv in convs[1:-1] if not is_depthwise(conv)]
+    head = list(model.get_submodule("head").modules())
+    return [conv.weight for conv in convs[1:] if not is_depthwise(conv) and conv not in head]
 
 
 class _Muon(torch.optim.Muon):
@@ -78,8 +79,9 @@ class _Muon(torch.optim.Muon):
 
     def step(self) -> None:  # type: ignore[override]  # no closure: nobody here has one
         for matrix, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
-            assert weight.grad is not None
-            matrix.grad = _matrix(weight.grad.contiguous(memory_format=torch.channels_last))
+            if weight.grad is not None:
+                gradient = weight.grad.contiguous(memory_format=torch.channels_last)
+                matrix.grad = _matrix(gradient)
         super().step()
 
 
@@ -98,8 +100,8 @@ def dirac(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and is_depthwise(module):
             with torch.no_grad():
-                middle = module.kernel_size[0] // 2
-                module.weight[:, :, middle, middle] += 1
+                height, width = module.kernel_size
+                module.weight[:, :, height // 2, width // 2] += 1
 
 
 def schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:

@@ -102,7 +102,8 @@ def simulated_int8(model: nn.Module, exact: Collection[str] | None = None) -> An
 
     Args:
         model: a network in eval mode that begins in a convolution and ends in `gap` and `head`.
-        exact: the names of the convolutions that stay in float; None: the first and the head.
+        exact: the names of the convolutions that stay in float; None: the first and the head. So
+            do those that pad with something else than zeros.
 
     Raises:
         ValueError: see `folded`.
@@ -110,7 +111,8 @@ def simulated_int8(model: nn.Module, exact: Collection[str] | None = None) -> An
     model = folded(model)
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     first, *_, head = convs
-    for name in convs.keys() - set((first, head) if exact is None else exact):
+    padded = {name for name, conv in convs.items() if conv.padding_mode != "zeros"}
+    for name in convs.keys() - set((first, head) if exact is None else exact) - padded:
         model.set_submodule(name, Int8Conv(convs[name]))
     model.gap = nn.Sequential(Quantiser(), model.get_submodule("gap"))
     return model.eval()

@@ -49,7 +49,7 @@ from tinycifar.data import Data, load, title
 from tinycifar.paths import absolute
 from tinycifar.recipes import Recipe, get_recipe
 from tinycifar.run_directory import RunDirectory, RunError, json_sha256
-from tinycifar.training import check_seed, require_teacher, settle
+from tinycifar.training import check_parts, check_seed, settle
 from tinycifar.trials import Plan, Search
 
 KEYS = {"about", "base", "always", "seeds", "variations"}
@@ -388,7 +388,7 @@ class _Sweep:
         waiting = {}
         for run, one in zip(runs, experiments, strict=True):
             if run.kept(one.identity) is None or not trials.is_done(run):
-                require_teacher(one)
+                check_parts(one)
                 waiting[one.name] = one.recipe, one.seed
             elif self.progress:
                 print(f"{one.name}  kept: {_outcome(run)}", flush=True)

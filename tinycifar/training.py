@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +30,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tiny_cifar10_net import folded
 from tinycifar import optim
-from tinycifar.acceleration import CompiledNetwork, Memory, peak_memory
+from tinycifar.acceleration import CompiledNetwork, Memory, MixedPrecision, peak_memory
 from tinycifar.checks import check_choice, check_flag, check_whole
 from tinycifar.costs import layer_costs
 from tinycifar.data import Data, DataSplits, load, title
 from tinycifar.evaluation import accuracy, evaluate, full_precision, log_probabilities
+from tinycifar.images import SIDE
 from tinycifar.loaders import key, make_loader, resized
 from tinycifar.networks import make_network, own_network
 from tinycifar.quantise import simulated_int8
@@ -123,12 +124,9 @@ def settle(
             f"batch_size must be a whole number from 1 to {len(splits.train_index)}, "
             f"the number of training images; got {recipe.batch_size}"
         )
-    if ":" in recipe.network:
-        with torch.random.fork_rng([]):
-            own_network(len(splits.data.classes), recipe.network)
     teacher = None
     if recipe.teacher is not None:
-        with suppress(FileNotFoundError):  # a finished run needs it no more; see require_teacher
+        with suppress(FileNotFoundError):  # a finished run needs it no more; see check_parts
             teacher = RunDirectory(find_run(recipe.teacher))
             if not (teacher.path / "best.pt").is_file():
                 teacher = None
@@ -168,16 +166,37 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def require_teacher(experiment: Experiment) -> None:
-    """Refuse a teacher that can't teach this run.
+def check_parts(experiment: Experiment) -> None:
+    """Refuse what only a run that isn't finished needs: its teacher, or a network of one's own.
 
     Raises:
-        FileNotFoundError: there is no such run. RunError: it isn't finished, so that its weights
-        still change. ValueError: it may have seen what is held back here, or its numbers are int8.
+        FileNotFoundError: there is no such teacher. RunError: it isn't finished, so that its
+        weights still change. ValueError: it may have seen what is held back here, or its numbers
+        are int8; or the network can't be trained.
     """
+    recipe = experiment.recipe
+    if ":" in recipe.network:
+        _check_own_network(recipe, len(experiment.splits.data.classes))
+    if recipe.teacher is not None:
+        _check_teacher(experiment)
+
+
+def _check_own_network(recipe: Recipe, num_classes: int) -> None:
+    with torch.random.fork_rng([]), torch.no_grad():
+        network = own_network(num_classes, recipe.network).eval()
+        if recipe.precision == "float32":
+            return
+        try:
+            MixedPrecision(network, getattr(torch, recipe.precision))(torch.zeros(2, 3, SIDE, SIDE))
+        except RuntimeError as error:
+            raise ValueError(
+                f"network {recipe.network!r} can't be trained in {recipe.precision} ({error}): "
+                "weights before `gap` must be convolutions' and BatchNorms'; float32 takes all"
+            ) from error
+
+
+def _check_teacher(experiment: Experiment) -> None:
     name, splits = experiment.recipe.teacher, experiment.splits
-    if name is None:
-        return
     teacher = _teacher(experiment)
     if not (teacher.is_finished and (teacher.path / "best.pt").is_file()):
         raise RunError(
@@ -268,7 +287,7 @@ def train(
         if progress:
             print("This run is finished, and kept: FORCE=1 (force=True) trains it again.")
         return _tested(run, experiment) if test and metrics["test_acc"] is None else metrics
-    require_teacher(experiment)
+    check_parts(experiment)
     if experiment.teacher and run.path.exists() and experiment.teacher.path.samefile(run.path):
         raise ValueError(f"{run.path} can't be its own teacher: give another run_dir")
     with deterministic(experiment.device):
@@ -619,22 +638,21 @@ def deterministic(device: torch.device) -> Iterator[None]:
         filled = memory.fill_uninitialized_memory
         random_stream = torch.random.fork_rng([device] if device.type == "cuda" else [])
         recipes_precision = torch.autocast(device.type, enabled=False)  # not the caller's
-        dtype, default_device = torch.get_default_dtype(), torch.get_default_device()
-        with random_stream, full_precision(), recipes_precision:
+        dtype = torch.get_default_dtype()
+        # A mode, which slows every call down: only where the caller has set another device.
+        elsewhere = torch.get_default_device().type != "cpu"
+        on_cpu = torch.device("cpu") if elsewhere else nullcontext()
+        with random_stream, full_precision(), recipes_precision, on_cpu:
             torch.use_deterministic_algorithms(True)
             # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
             memory.fill_uninitialized_memory = False
             torch.set_default_dtype(torch.float32)
-            if default_device.type != "cpu":  # a mode, which slows every call down
-                torch.set_default_device("cpu")
             try:
                 yield
             finally:
                 torch.use_deterministic_algorithms(before, warn_only=only_warned)
                 memory.fill_uninitialized_memory = filled
                 torch.set_default_dtype(dtype)
-                if default_device.type != "cpu":
-                    torch.set_default_device(default_device)
     finally:
         _one_at_a_time.release()
 

@@ -43,7 +43,7 @@ def load_pretrained(run: str | Path = "tuned") -> Any:
 
 def load_network(run: RunDirectory) -> Any:
     """The same for a run directory; see `load_pretrained`."""
-    config = run.config()
+    config, own = run.config(), False
     try:
         # Of ours no random numbers are drawn, from a stream that a training may be using. Those of
         # others may hold more than a file of weights does.
@@ -53,6 +53,8 @@ def load_network(run: RunDirectory) -> Any:
         model.classes = tuple(config["classes"])
         model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if own:
+            raise
         raise ValueError(
             f"{run.path / 'config.json'} is not the config.json of a run: {error!r}"
         ) from error

@@ -72,7 +72,7 @@ def _used(recipe: Recipe) -> dict[str, Any]:
         "plateau_factor plateau_patience": recipe.schedule != "plateau",
         "grow": recipe.start_side == 32,
         "teaching temperature": recipe.teacher is None,
-        "skips activation attention": recipe.network == "tiny",
+        "skips activation attention": recipe.network == "tiny" or ":" in recipe.network,
         "dilated separable width": recipe.network != "tiny",
     }
     without = " ".join(names for names, is_unused in unused.items() if is_unused).split()
@@ -250,7 +250,7 @@ def study_table(runs: Iterable[Run]) -> pd.DataFrame:
         f"{base.data_title}, {counted(base.recipe['epochs'], 'epoch')} unless said otherwise. "
         "Accuracy: mean ± standard deviation over seeds (of two, both figures); loss: its mean; "
         "gain: in accuracy, ± its standard error (`analysis.gains`), bold where beyond noise "
-        "(t-test at 5 %, corrected after Holm for the number of rows; never with one seed)."
+        "(t-test at 5 %, corrected after Holm for all rows with several seeds)."
     )
     if waiting := len(runs) - len(finished):
         note += f" Not finished, and left out: {counted(waiting, 'run')}."
