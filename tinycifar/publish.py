@@ -363,7 +363,7 @@ def _figures() -> Iterator[tuple[Path, Figure]]:
     for run in runs:
         yield run.folder / "curves.png", analysis.plot_history(run)
     for name, varied in compared_studies().items():
-        title = f"Study `{name}`: gains over its base"
+        title = f"Study {name}: gains over its base"
         yield STUDIES / name / "study.png", analysis.plot_study(varied, title)
         if (study := load_study(STUDIES.parents[1] / "studies" / f"{name}.yaml")).search:
             search = analysis.load_search(study, STUDIES / name)
