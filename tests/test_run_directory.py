@@ -700,15 +700,6 @@ def test_the_teacher_counts_by_its_weights_while_it_is_there(tiny):
 
 def test_force_removes_what_another_run_left(begun, tiny):
     begun.save(state())
-    shows, mine = '{"metadata": {"papermill": {}}}', "{}"
-    pages = {
-        "training.ipynb": shows,
-        "training.html": "",
-        "export.ipynb": mine,
-        "mine.ipynb": shows,
-    }
-    for name, content in pages.items():
-        (begun.path / name).write_text(content)
     who = identity(SMALL, 1, "val", tiny)
     with (
         pytest.raises(RunError, match="seed is 0 there and 1 now"),
@@ -718,8 +709,7 @@ def test_force_removes_what_another_run_left(begun, tiny):
     assert (begun.path / "last.pt").is_file()
     with begun.opened(config_of(who), who, force=True) as checkpoint:
         assert checkpoint is None and begun.config()["seed"] == 1
-        assert set(os.listdir(begun.path)) <= {"config.json", ".lock", "export.ipynb", "mine.ipynb"}
-        assert {page.name for page in begun.path.glob("*.ipynb")} == {"export.ipynb", "mine.ipynb"}
+        assert set(os.listdir(begun.path)) <= {"config.json", ".lock"}
 
 
 def test_force_goes_on_with_an_unfinished_run_and_begins_a_finished_one_again(begun, tiny):

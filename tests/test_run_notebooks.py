@@ -253,7 +253,10 @@ def test_another_run_is_refused_before_its_notebooks_are_touched(
 def test_a_run_of_these_settings_is_resumed(executed, a_run):
     run_notebooks(notebooks.ALL, a_run)
     run_notebooks(["training"], a_run, {"dataset": "shapes"}, {"limit": 10_000})  # which is all
+    for page in ("analysis.html", "export.ipynb"):
+        (a_run / page).write_text("of the run before")
     run_notebooks(notebooks.ALL, a_run, {"recipe": "tuned", "force": 1})
+    assert not list(a_run.glob("*.html")) + list(a_run.glob("export.ipynb"))
     run_notebooks(["analysis"], a_run, {"recipe": "tuned"})  # looks at what is there
     names = [*notebooks.ALL, "training", *notebooks.ALL, "analysis"]
     assert [name for name, _ in executed] == names

@@ -75,6 +75,10 @@ def run_notebooks(
         for name in names:
             print(f"notebooks/{name}.ipynb -> {shown(folder)}/{name}.ipynb", flush=True)
             _execute(name, folder, parameters[name])
+            if parameters[name].get("force"):
+                for page in ("analysis", "export"):  # of the run that was there before
+                    for kind in ("ipynb", "html"):
+                        (folder / f"{page}.{kind}").unlink(missing_ok=True)
     except BaseException as error:
         metrics = folder / "metrics.json"
         trained = metrics.is_file() and metrics.stat().st_mtime >= started

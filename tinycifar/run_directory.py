@@ -45,7 +45,6 @@ FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
 # In this order: without last.pt no run goes on by mistake, and until config.json is gone it says
 # whose the others are.
 _REMOVED = ("last.pt", "metrics.json", "best.pt", "history.csv", "config.json")
-_PAGES = ("training", "analysis", "export", "tuning_CNN_CIFAR10")  # which show the run
 HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 # Preset: the published run, settled without the test set, whose weights go by its name.
 PRETRAINED = {
@@ -298,7 +297,8 @@ class RunDirectory:
         """
         with self._locked():
             if force and (self.is_finished or self._differences(identity)):
-                self._remove()
+                for name in _REMOVED:
+                    (self.path / name).unlink(missing_ok=True)
             self.kept(identity)
             if (self.path / "config.json").is_file():
                 self._check_derived(config)
@@ -319,16 +319,6 @@ class RunDirectory:
                 if not self.is_finished:  # a kill may have come between last.pt and these
                     self._write_derived(state)
             yield state
-
-    def _remove(self) -> None:
-        for name in _REMOVED:
-            (self.path / name).unlink(missing_ok=True)
-        for name in _PAGES:
-            page = self.path / f"{name}.ipynb"
-            # One that papermill made, and none that somebody keeps here.
-            if page.is_file() and '"papermill"' in page.read_text("utf-8", errors="replace"):
-                page.unlink()
-                page.with_suffix(".html").unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a trainer's state: last.pt first, the one file that a resumed run believes."""
