@@ -53,7 +53,7 @@ NETWORKS = {
     "standard convolutions": lambda: NetCIFAR10_Tiny(width=0.25, separable=False),
     "blueprint": lambda: BlueprintNet(layout="4 8s2 8d2"),
     "silu": lambda: BlueprintNet(layout="4 8s2 8d2", activation="silu"),
-    "gated": lambda: BlueprintNet(layout="4 8s2 8d2", activation="reglu"),
+    "gated": lambda: BlueprintNet(layout="4 8s2 8d2", activation="glu"),
     "used twice": lambda: BlueprintNet(layout="4 8s2 8d2x2 8k5", attention="eca"),
 }
 

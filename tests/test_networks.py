@@ -73,10 +73,10 @@ def test_parameters_are_those_of_pointwise_depthwise_and_norm():
 
 
 def test_a_gated_block_makes_twice_as_many_channels_and_multiplies_their_halves():
-    gated = BlueprintBlock(4, Layer(6), activation="reglu").eval()
+    gated = BlueprintBlock(4, Layer(6), activation="glu").eval()
     x = torch.randn(2, 4, 9, 8)
     features, gates = gated.bn(gated.dw(gated.pw(x))).split(6, dim=1)
-    torch.testing.assert_close(gated(x), features * F.relu(gates))
+    torch.testing.assert_close(gated(x), features * gates.sigmoid())
     assert sum(p.numel() for p in gated.parameters()) == 12 * (4 + 9 + 2)
 
 
@@ -115,7 +115,7 @@ def test_attention_weights_a_channel_by_the_means_of_it_and_its_neighbours(dtype
 def test_options_and_inputs_that_cant_be_are_named():
     with pytest.raises(ValueError, match="unknown skips 'some'; valid: none, same, all"):
         BlueprintNet(skips="some")
-    with pytest.raises(ValueError, match="unknown activation 'tanh'; valid: relu, silu, reglu"):
+    with pytest.raises(ValueError, match="unknown activation 'tanh'; valid: relu, silu, glu"):
         BlueprintNet(activation="tanh")
     for layout in ("0 24", "16 24s0", "16 24d0", "16 16x0"):
         with pytest.raises(ValueError, match="a layout names the channels of each layer"):
@@ -126,7 +126,7 @@ def test_options_and_inputs_that_cant_be_are_named():
         BlueprintNet(layout="4 4")(torch.zeros(3, 32, 32))
 
 
-@pytest.mark.parametrize("activation", ["silu", "reglu"])
+@pytest.mark.parametrize("activation", ["silu", "glu"])
 @pytest.mark.parametrize("attention", ["none", "eca"])
 @pytest.mark.parametrize("skips", ["none", "same", "all"])
 def test_it_can_be_fused(skips, attention, activation):

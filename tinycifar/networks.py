@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,23 +30,12 @@ from tinycifar.evaluation import eval_mode
 from tinycifar.images import SIDE
 from tinycifar.quantise import simulated_int8
 
-
-class GatedReLU(nn.Module):
-    """Half of the channels, where the other half is positive, times it: (N, 2 C, H, W) -> C.
-
-    ReGLU, of Shazeer (2020, arXiv:2002.05202); products of features as in StarNet (Ma et al., 2024,
-    arXiv:2403.19967).
-    """
-
-    def __init__(self, inplace: bool = True):
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        features, gates = x.chunk(2, dim=1)
-        return features * gates.relu()
-
-
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "reglu": GatedReLU}
+# glu: half of the channels times the sigmoid of the other (Dauphin et al., 2017, arXiv:1612.08083).
+ACTIVATIONS = {
+    "relu": partial(nn.ReLU, inplace=True),
+    "silu": partial(nn.SiLU, inplace=True),
+    "glu": partial(nn.GLU, dim=1),
+}
 SKIPS = ("none", "same", "all")
 ATTENTION = ("none", "eca")
 
@@ -98,12 +88,12 @@ class BlueprintBlock(nn.Module):
         super().__init__()
         c_out, kernel, stride, dilation, uses = layer
         padding = kernel // 2 * dilation
-        wide = 2 * c_out if activation == "reglu" else c_out
+        wide = 2 * c_out if activation == "glu" else c_out
         self.pw = nn.Conv2d(c_in, wide, 1, bias=False)
         self.dw = nn.Conv2d(wide, wide, kernel, stride, padding, dilation, groups=wide, bias=False)
         self.bn = nn.BatchNorm2d(wide)
         self.more_bns = nn.ModuleList(nn.BatchNorm2d(wide) for _ in range(uses - 1))
-        self.act = ACTIVATIONS[activation](inplace=True)
+        self.act = ACTIVATIONS[activation]()
         self.attention = ChannelAttention() if attention else nn.Identity()
         self.skip, self.stride, self.more = skip, stride, c_out - c_in
 
@@ -140,7 +130,7 @@ class BlueprintNet(nn.Module):
             `k5` for a 5x5 kernel, `s2` for a stride, `d2` for a dilation and `x2` for convolutions
             used twice, in this order: "16 24 24d2 32k5s2 32x2".
         skips: over which blocks the input is added: none, same (those that keep the shape), all.
-        activation: relu, silu or reglu (`GatedReLU`, of twice as many channels before it).
+        activation: relu, silu or glu, which takes twice as many channels as it gives.
         attention: none or eca, after each block.
 
     Raises:
