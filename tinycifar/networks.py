@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from tinycifar.images import SIDE
 from tinycifar.quantise import simulated_int8
 
 # glu: half of the channels times the sigmoid of the other (Dauphin et al., 2017, arXiv:1612.08083).
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),
     "silu": partial(nn.SiLU, inplace=True),
     "glu": partial(nn.GLU, dim=1),
