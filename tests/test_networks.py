@@ -187,6 +187,14 @@ class Squeezes(MyNet):
         x = x + 0 * self.bn(self.conv(x))
         return self.head(self.gap(x)).flatten(1).log_softmax(dim=1)
 
+class Pair(MyNet):
+    def forward(self, x):
+        return super().forward(x), x
+
+class Greedy(MyNet):
+    def __init__(self, num_classes, depth):
+        super().__init__(num_classes)
+
 class Headless(MyNet):
     def __init__(self, num_classes):
         super().__init__(num_classes)
@@ -228,8 +236,16 @@ def test_a_network_of_ones_own_trains_and_loads(mine, tiny, tmp_path, precision)
             "my_net:Fails",
             r"fails on images \(2, 3, 32, 32\): .*to have 3 channels",
         ),
-        ("my_net:Logits", "must answer a batch .* with log-probabilities .*, as log_softmax"),
-        ("my_net:Wider", r"log-probabilities \(N, 10\).* of shape \(2, 11\)"),
+        (
+            "my_net:Logits",
+            r"log-probabilities .* is \(2, 10\), of which the exponentials don't add",
+        ),
+        ("my_net:Wider", r"log-probabilities \(N, 10\).* is \(2, 11\)$"),
+        ("my_net:Pair", r"log-probabilities \(N, 10\).* is tuple$"),
+        (
+            "my_net:Greedy",
+            "fails for 10 classes: .*missing 1 required .*'depth'",
+        ),
     ],
 )
 def test_what_isnt_a_network_is_refused(mine, tiny, tmp_path, name, says):

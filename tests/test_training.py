@@ -696,11 +696,14 @@ def test_the_callers_default_dtype_is_not_the_recipes(tiny, tmp_path):
     assert_same_outcome(tmp_path / "alone", tmp_path / "within")
 
 
-def test_the_callers_default_device_is_not_the_recipes(tiny, tmp_path):
-    train(ONE_EPOCH, tmp_path / "alone", dataset=tiny, progress=False)
+@pytest.mark.parametrize("protocol", ["val", "full"])
+def test_the_callers_default_device_is_not_the_recipes(tiny, tmp_path, protocol):
+    given = {"dataset": tiny, "protocol": protocol, "progress": False}
+    train(ONE_EPOCH, tmp_path / "alone", **given)
     torch.set_default_device("meta")
     try:
-        train(ONE_EPOCH, tmp_path / "within", dataset=tiny, progress=False)
+        assert augment.Batched.draw(1).device.type == "cpu"
+        train(ONE_EPOCH, tmp_path / "within", **given)
         assert torch.get_default_device() == torch.device("meta")
     finally:
         torch.set_default_device(None)

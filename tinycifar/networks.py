@@ -212,7 +212,7 @@ def own_network(num_classes: int, name: str) -> nn.Module:
     module, _, kind = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # its code may raise anything
         raise ValueError(
             f"network {name!r} can't be imported ({error}): expected 'module:Class', where `import "
             "module` works, as for a file in the folder where Python is started"
@@ -220,7 +220,10 @@ def own_network(num_classes: int, name: str) -> nn.Module:
     # Nothing else is called: the name may come with a run that somebody sent.
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"network {name!r} must be a class of torch modules; got {cls!r}")
-    network = cls(num_classes)
+    try:
+        network = cls(num_classes)
+    except Exception as error:
+        raise ValueError(f"network {name!r} fails for {num_classes} classes: {error}") from error
     if missing := [part for part in ("gap", "head") if not hasattr(network, part)]:
         raise ValueError(
             f"network {name!r} has no {' and no '.join(missing)}: its last feature map must go "
@@ -231,12 +234,14 @@ def own_network(num_classes: int, name: str) -> nn.Module:
             answer = network(torch.zeros(2, 3, SIDE, SIDE))
     except Exception as error:
         raise ValueError(f"network {name!r} fails on images (2, 3, 32, 32): {error}") from error
-    expected = (2, num_classes)
-    if answer.shape != expected or not torch.allclose(answer.exp().sum(1), torch.ones(2)):
+    right = isinstance(answer, Tensor) and answer.shape == (2, num_classes)
+    if not right or not torch.allclose(answer.exp().sum(1), torch.ones(2)):
+        what = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise ValueError(
             f"network {name!r} must answer a batch (N, 3, H, W) with log-probabilities (N, "
-            f"{num_classes}), as log_softmax(dim=1) gives; its answer to two images is of shape "
-            f"{tuple(answer.shape)}, with sums of exp() {answer.detach().exp().sum(-1).tolist()}"
+            f"{num_classes}), as log_softmax(dim=1) gives; its answer to two images is {what}"
+            + ", of which the exponentials don't add up to 1"
+            * right
         )
     layer_costs(network)  # what can't be counted is refused before it is trained
     return network

@@ -127,9 +127,8 @@ def plot_samples(data: Data, per_class: int = 8) -> Figure:
     per_class = min(per_class, *map(len, rows))
     size = (max(4.5, 0.62 * per_class + 1.2), 0.62 * len(rows) + 0.6)
     figure, axes = plt.subplots(figsize=size)
-    _draw_mosaic(
-        axes, np.stack([row[:per_class] for row in rows]), [data.classes[c] for c in present]
-    )
+    names = [data.classes[c] for c in present]
+    _draw_mosaic(axes, np.stack([row[:per_class] for row in rows]), names)
     return _titled(figure, f"Training images · {data.title}")
 
 
