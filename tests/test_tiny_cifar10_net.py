@@ -189,28 +189,30 @@ def test_fuse_refuses_what_it_cant_fold():
 
 
 class Shuffled(nn.Module):
-    """Registered in another order than it runs; one norm before its convolution, one shared."""
+    """Registered in another order than it runs: norms before, beside and shared with others."""
 
     classes = mean = std = None
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.shared = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.first, self.second, self.shared, self.split = (nn.Conv2d(3, 3, 1) for _ in range(4))
         self.before, self.after, self.once, self.again = (nn.BatchNorm2d(3) for _ in range(4))
+        self.beside = nn.BatchNorm2d(3)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.running_mean)
 
     def forward(self, x):
         x = self.second(self.before(x)).relu()
-        x = x + self.after(self.first(x))
+        x = self.split(x + self.after(self.first(x)))
+        x = x + self.beside(x)
         return self.again(self.shared(self.once(self.shared(x)))).mean((2, 3))
 
 
 def test_fuse_folds_by_what_the_graph_says():
     net, x = Shuffled().to(memory_format=torch.channels_last).eval(), torch.randn(2, 3, 8, 8)
     kept = {name for name, m in folded(net).named_modules() if isinstance(m, nn.BatchNorm2d)}
-    assert kept == {"before", "once", "again"}
+    assert kept == {"before", "beside", "once", "again"}
     torch.testing.assert_close(fuse(net)(x), net(x), rtol=0, atol=1e-5)
 
 
