@@ -35,7 +35,7 @@ help: ## this list
 	@echo "    RECIPE    quick, tuned, sprint, baseline or int8         (quick)"
 	@echo "    PROTOCOL  val, full or test-selected                    (val)"
 	@echo "    DATASET   auto, cifar10 or shapes, the stand-in         (auto)"
-	@echo "    SEED      any whole number                              (0)"
+	@echo "    SEED      from 0 to 2**32 - 1                           (0)"
 	@echo "    DEVICE    auto, cpu, cuda or mps                        (auto)"
 	@echo "    RUN       the run directory                             (runs/RECIPE-PROTOCOL-seedSEED)"
 	@echo "    FORCE     1 trains again what is finished               (0)"

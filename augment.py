@@ -162,13 +162,13 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
     Args:
         images: uint8 (N, H, W, 3), on any device.
-        mean, std: as of `Batched`.
+        mean, std: as for `Batched`.
 
     Returns:
         float32 (N, 3, H, W) in channels_last memory, on the images' device.
 
     Raises:
-        ValueError: as of `Batched`.
+        ValueError: as for `Batched`.
     """
     plain = Batched("none", mean, std).to(images.device)
     return plain.transform(images, torch.zeros(len(images), plain.DRAWS, device=images.device))
@@ -185,7 +185,7 @@ class Batched(nn.Module):
         mean, std: three channel statistics each, of pixels scaled to 0..1.
 
     Raises:
-        ValueError: an unknown policy, or statistics that are no such thing.
+        ValueError: an unknown policy, or invalid statistics.
     """
 
     #: Random numbers per image. As many for every policy, so that whatever is drawn from the
@@ -237,7 +237,7 @@ class Batched(nn.Module):
 
     @staticmethod
     def set_flips(draws: Tensor, mirrored: Tensor) -> None:
-        """Have exactly those images mirrored, where the policy flips at all.
+        """Flip exactly the images in `mirrored`, if the policy flips at all.
 
         Args:
             draws: from `draw`; changed in place.
@@ -304,8 +304,8 @@ def albumentations_transform(
         a callable: `transform(image=uint8 (H, W, 3) array)["image"]` is float32 (3, H, W).
 
     Raises:
-        ValueError: an unknown policy, or statistics that are no such thing. When called: an image
-            of another dtype or shape, or too small for the policy.
+        ValueError: an unknown policy, or invalid statistics. When called: an image of another dtype
+            or shape, or too small for the policy.
         ImportError: albumentations cannot be imported.
     """
     A = _import_albumentations()
@@ -318,7 +318,7 @@ def albumentations_transform(
 
     steps = [A.Lambda(image=_named(_checked, layout="HWC", policy=policy), name="checked", p=1.0)]
     if policy.crop_padding:
-        # A random crop of a padded image is a shift by whole pixels; said so, it needs no size.
+        # A random crop of a padded image is a shift by whole pixels, which needs no image size.
         pixels = (-policy.crop_padding, policy.crop_padding)
         shift = {"translate_px": {"x": pixels, "y": pixels}}
         steps.append(A.Affine(**shift, interpolation=cv2.INTER_NEAREST, **border, p=1.0))
@@ -354,8 +354,8 @@ def torchvision_transform(
         (3, H, W) out.
 
     Raises:
-        ValueError: an unknown policy, or statistics that are no such thing. When called: an image
-            of another dtype or shape, or too small for the policy.
+        ValueError: an unknown policy, or invalid statistics. When called: an image of another dtype
+            or shape, or too small for the policy.
     """
     from torchvision.transforms import v2
 
@@ -419,7 +419,7 @@ def _centred(draw: Tensor, limit: float) -> Tensor:
 
 
 def _position(draw: Tensor, count: int) -> Tensor:
-    """Uniform in 0 .. count - 1, int64. Float32 rounds the largest product below `count`."""
+    """Uniform in 0 .. count - 1, int64: in float32 the largest product too is below `count`."""
     return (draw * count).long()
 
 
@@ -427,9 +427,9 @@ def _crop(x: Tensor, policy: Policy, top: Tensor, left: Tensor) -> Tensor:
     padding, (height, width) = policy.crop_padding, x.shape[2:]
     padded = F.pad(x, (padding,) * 4, mode=_PAD_MODES[policy.border])
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, rows, columns, H, W), a view
-    image = torch.arange(len(x), device=x.device)
+    index = torch.arange(len(x), device=x.device)
     top, left = (_position(draw, 2 * padding + 1) for draw in (top, left))
-    return windows.permute(0, 2, 3, 1, 4, 5)[image, top, left]
+    return windows.permute(0, 2, 3, 1, 4, 5)[index, top, left]
 
 
 def _warp(

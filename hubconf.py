@@ -25,7 +25,7 @@ def net_cifar10_tiny(
         options: of a new network, see `NetCIFAR10_Tiny`.
 
     Raises:
-        ValueError: options of a pretrained network, or a run of a new one; pretrained isn't a flag.
+        ValueError: options given with pretrained=True, or a run without it; pretrained isn't bool.
     """
     check_flag("pretrained", pretrained)
     if not pretrained:

@@ -33,7 +33,7 @@ def conv_block(c_in: int, c_out: int, stride: int = 1, dilation: int = 1) -> nn.
 class SeparableConv(nn.Module):
     """Depthwise 3x3, BN, ReLU, pointwise 1x1, BN, ReLU: (N, c_in, H, W) -> (N, c_out, H', W').
 
-    The depthwise half looks around, one filter a channel; the pointwise half mixes the channels.
+    The depthwise convolution filters each channel by itself; the pointwise one mixes the channels.
     Together 9 c_in + c_in c_out weights, where a standard 3x3 convolution has 9 c_in c_out.
     """
 
@@ -117,9 +117,9 @@ def folded(model: nn.Module) -> Any:
     and a bias can do at no cost. The same outputs to rounding (1e-5).
 
     Args:
-        model: a network that torch.fx can trace. A BatchNorm that takes something else than the
-            output of a convolution, which goes nowhere else, stays. A block that uses a convolution
-            with one BatchNorm after another has a method `unrolled`, as that of tinycifar.networks.
+        model: a network that torch.fx can trace. A BatchNorm is folded only if its input is the
+            output of a convolution that nothing else uses. A block that applies one several times,
+            each time with another BatchNorm, needs a method `unrolled`: see tinycifar.networks.
 
     Raises:
         ValueError: the model is in training mode, where BatchNorm depends on the batch.

@@ -31,7 +31,7 @@ def main() -> None:
     first, *_, head = convs
     dilated = [name for name, conv in convs.items() if conv.dilation[0] > 1]
     depthwise = [name for name, conv in convs.items() if conv.groups > 1]
-    ways = {  # name: layers in float, levels of the weights
+    ways = {  # name: layers in float, the weights' largest level
         "none": ([], 63),
         "the first": ([first], 63),
         "the first and the head": ([first, head], 63),

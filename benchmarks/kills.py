@@ -5,8 +5,8 @@
 Each case is trained once undisturbed. Then the same is started in a process of its own, killed at a
 random moment of the time that the whole takes, start and end included, and started again until it
 is finished: the epochs that were done must never become fewer, and its history (but for the
-seconds) and its weights must be the undisturbed ones, bit for bit. Whoever is killed is in turns
-the process alone, whose children have to find out, and its whole group. Prints a line a case and
+seconds) and its weights must be the undisturbed ones, bit for bit. Kills alternate between the
+process alone, whose children have to notice, and its whole process group. Prints a line a case and
 the total; exits 1 if anything differs.
 """
 
@@ -89,8 +89,8 @@ class Tally:
         return self.alone + self.group
 
 
-def torment(case: dict[str, Any], kills: int, chance: random.Random, folder: Path) -> Tally:
-    """Kill a case so many times, in as many runs as that takes; the last one is finished too."""
+def kill_and_resume(case: dict[str, Any], kills: int, rng: random.Random, folder: Path) -> Tally:
+    """Kill a case `kills` times, in as many runs as that takes; the last one is finished too."""
     tally = Tally()
     started = time.monotonic()
     if (code := _start(case, folder / "undisturbed", None)) != 0:
@@ -102,7 +102,7 @@ def torment(case: dict[str, Any], kills: int, chance: random.Random, folder: Pat
         epochs: dict[str, int] = {}
         while not (done or tally.wrong):
             by_group = tally.group < tally.alone
-            limit = chance.uniform(0, whole) if tally.kills < kills else None
+            limit = rng.uniform(0, whole) if tally.kills < kills else None
             code = _start(case, run, limit, by_group)
             done = code == 0
             if code == -signal.SIGKILL:
@@ -169,11 +169,11 @@ def main(
         cases.pop("bfloat16", None)
     if not cases:
         raise RunError(f"no case {only!r}; valid: {', '.join(CASES)}")
-    chance, tallies = random.Random(seed), []
+    rng, tallies = random.Random(seed), []
     for number, (name, case) in enumerate(cases.items()):
         share = kills * (number + 1) // len(cases) - kills * number // len(cases)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            tally = torment(case, share, chance, Path(folder))
+            tally = kill_and_resume(case, share, rng, Path(folder))
         tallies.append(tally)
         print(
             f"{name:26} {tally.kills:3} kills ({tally.alone} of the process alone), "

@@ -31,7 +31,7 @@ NAME = "pruning"  # of the study; Hyperband deals trials out by it
 
 
 def trained(seed: int) -> list[dict[str, Any]]:
-    """Of each trial the validation accuracy after each epoch, and of the kept one."""
+    """Each trial's validation accuracy after each epoch (curve) and at the kept one (value)."""
     assert CHECKOUT is not None
     search = load_study(CHECKOUT / "studies" / f"{NAME}.yaml").search
     assert search is not None and search.sampler == "random"

@@ -48,7 +48,7 @@ def work(plan: trials.Plan) -> None:
 
 
 def seconds(url: str, folder: Path, n: int, workers: int) -> dict[str, float]:
-    """A trial's share of the time, queueing by itself."""
+    """Seconds a trial: to queue it (`queueing`), and to take and end it (`training`)."""
     data = load("shapes", limit=100)
     settings = {"protocol": "val", "dataset": data, "device": "cpu"}
     plan = trials.Plan(url, f"{n} by {workers}", folder, settings, {"data": "none"})

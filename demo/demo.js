@@ -158,8 +158,8 @@ async function show(source, name) {
 let last = Promise.resolve();
 let waiting = 0;
 
-/** Carry out one task after the other, in the order of asking. */
-function then(task) {
+/** Run the tasks one at a time, in the order of the calls. */
+function enqueue(task) {
   const busy = (change) => document.body.setAttribute("aria-busy", (waiting += change) > 0);
   const lost = (error) => say(`The network can't be used (${error.message}): reload the page.`, true);
   busy(1);
@@ -168,7 +168,7 @@ function then(task) {
 
 function showFirst(files) {
   const [file] = files;
-  if (file) then(() => show(file, file.name || "The image"));
+  if (file) enqueue(() => show(file, file.name || "The image"));
 }
 
 for (const input of [byId("file"), byId("photo")])
@@ -177,9 +177,9 @@ for (const input of [byId("file"), byId("photo")])
     input.value = ""; // so that the same file can be chosen again
   });
 for (const image of drawn)
-  image.parentElement.addEventListener("click", () => then(() => show(image, image.alt)));
+  image.parentElement.addEventListener("click", () => enqueue(() => show(image, image.alt)));
 for (const choice of document.querySelectorAll("[name=weights]"))
-  choice.addEventListener("change", () => then(() => current && answer()));
+  choice.addEventListener("change", () => enqueue(() => current && answer()));
 
 document.addEventListener("paste", (event) => showFirst(event.clipboardData.files));
 document.addEventListener("dragover", (event) => event.preventDefault());
@@ -190,4 +190,4 @@ document.addEventListener("drop", (event) => {
 for (const [type, over] of [["dragenter", true], ["dragover", true], ["dragleave", false], ["drop", false]])
   document.addEventListener(type, () => document.body.classList.toggle("over", over));
 
-then(() => load("net.onnx").then(() => say("Choose an image")));
+enqueue(() => load("net.onnx").then(() => say("Choose an image")));

@@ -191,5 +191,5 @@ def test_what_is_hidden_in_a_folder_is_left_out(tmp_path):
 
 
 def test_a_single_name_is_not_taken_letter_by_letter(network):
-    with pytest.raises(TypeError, match=r"a list of files, of one too: \['cat.png'\]"):
+    with pytest.raises(TypeError, match=r"a list of files, also for one: \['cat.png'\]"):
         next(classify("cat.png", network))

@@ -230,7 +230,7 @@ def test_a_network_of_ones_own_trains_and_loads(mine, tiny, tmp_path, precision)
             r"can't be imported \(No module named 'nothing_here'\): expected",
         ),
         ("my_net:Missing", "can't be imported .*has no attribute 'Missing'"),
-        ("os:getcwd", "must be a class of torch modules; got <built-in function getcwd>"),
+        ("os:getcwd", "must be a class derived from nn.Module; got <built-in function getcwd>"),
         ("my_net:Headless", "has no head: its last feature map must go into a module `gap`"),
         ("my_net:Unseen", "runs auxiliary without calling it as a module"),
         (

@@ -220,7 +220,7 @@ def test_a_search_is_a_base_and_ranges(write_search):
         ({"sampler": "best"}, "unknown sampler 'best'; valid: tpe, gp, random"),
         ({"prune": "early"}, "unknown prune 'early'; valid: hyperband, median, none"),
         ({"seeds": [0, 1]}, "a search has one seed"),
-        ({"search": None, "variations": {"x": {"lr": 1}}}, "'trials' is of a search"),
+        ({"search": None, "variations": {"x": {"lr": 1}}}, "'trials' belongs to a search"),
         ({"confirm": -1}, "confirm must be"),
     ],
 )

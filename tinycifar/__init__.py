@@ -1,4 +1,4 @@
-"""tinycifar: training, judging and using tiny networks for CIFAR-10.
+"""tinycifar: training, evaluating and using tiny networks for CIFAR-10.
 
     from tinycifar import get_recipe, load_pretrained, load_run, predict, train, train_many
 
@@ -33,8 +33,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 # Deterministic algorithms of CUDA ask for it, before anything is multiplied on the GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Name: the module that it is from, imported when the name is first asked for. So a part that needs
-# little, the command line's help or reading a run, doesn't wait for torch and matplotlib.
+# Name: the module that it is from, imported when the name is first asked for. So what needs
+# little, such as the command line's help or load_onnx, doesn't wait for torch and matplotlib.
 _HOMES = {
     "RECIPES": "recipes",
     "Recipe": "recipes",

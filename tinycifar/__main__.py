@@ -1,7 +1,7 @@
 """The command line: `python -m tinycifar VERB ...`.
 
-The options can be given in the environment as well, as TINYCIFAR_SEED=1 and so on. So the Makefile
-passes its settings on: no shell reads them. An empty one means the default.
+Environment variables can give the options as well: TINYCIFAR_SEED=1. The Makefile passes its
+settings on in this way, so that no shell interprets them. An empty variable means the default.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tinycifar.checks import check_whole, explained
 if TYPE_CHECKING:
     from tinycifar.inference import Network
 
-# What is heavy, torch above all, is imported by the verb that needs it: help is there at once. It
-# isn't taken from docstrings, which `python -OO` drops.
+# Heavy modules, torch above all, are imported by the command that needs them, so that help appears
+# at once. Help isn't taken from docstrings, which `python -OO` drops.
 app = typer.Typer(
-    help="Train, judge and use tiny networks for CIFAR-10.",
+    help="Train, evaluate and use tiny networks for CIFAR-10.",
     epilog="Options may also be given in the environment: TINYCIFAR_SEED=1.",
     add_completion=False,
     rich_markup_mode=None,
@@ -54,12 +54,12 @@ def literal(text: Any) -> Any:
 RecipeName = Annotated[str, _option("RECIPE", "quick, tuned, sprint, baseline or int8")]
 Protocol = Annotated[str, _option("PROTOCOL", "val, full or test-selected")]
 Dataset = Annotated[str, _option("DATASET", "auto, cifar10 or shapes, the stand-in")]
-Limit = Annotated[int | None, _option("LIMIT", "only so many training images  [all]")]
-Seed = Annotated[int, _option("SEED", "any whole number", parser=literal, metavar="N")]
+Limit = Annotated[int | None, _option("LIMIT", "number of training images to use  [all]")]
+Seed = Annotated[int, _option("SEED", "from 0 to 2**32 - 1", parser=literal, metavar="N")]
 Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda or mps")]
 RunDir = Annotated[str, _option("RUN", "the run directory  [runs/RECIPE-PROTOCOL-seedSEED]")]
-Force = Annotated[bool, _option("FORCE", "train again what is finished")]
-Folder = Annotated[str, _option("FOLDER", "of the runs  [runs, or runs/<study>]")]
+Force = Annotated[bool, _option("FORCE", "replace a finished or different run")]
+Folder = Annotated[str, _option("FOLDER", "folder of the runs  [runs, or runs/<study>]")]
 Storage = Annotated[str, _option("STORAGE", "URL of a database  [SQLite, in the folder]")]
 Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="repeatable")]
 
@@ -292,9 +292,9 @@ def _values(parameters: Iterable[str] | None) -> dict[str, Any]:
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:
-    """Those given, of a notebook also those in PARAMS; `-p NAME VALUE` as `-p NAME=VALUE`.
+    """The arguments, for `notebook` with those in PARAMS; `-p NAME VALUE` as `-p NAME=VALUE`.
 
-    papermill has the former; typer has no options of two values that can be repeated.
+    The former is papermill's form; typer has no repeatable options with two values.
     """
     waiting = list(argv)
     if waiting[:1] == ["notebook"]:
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it the way Ctrl-C does
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # where Windows' code page lacks a sign
+            stream.reconfigure(errors="backslashreplace")  # if Windows' code page lacks a character
     try:
         arguments = _arguments(sys.argv[1:] if argv is None else argv)
         with command.make_context("python -m tinycifar", arguments or ["--help"]) as context:

@@ -1,7 +1,7 @@
-"""What makes a training step fast and keeps it small, without a trace of it in the network.
+"""Training steps that take less time and memory, while the network itself stays unchanged.
 
 `accelerated(model)` is a twin of a network for training on a CPU: it shares the parameters and
-buffers, computes the same sums, and takes another way to some of them. `CompiledNetwork` runs it
+buffers, and computes the same values, some of them by faster code. `CompiledNetwork` runs it
 through torch.compile where that pays.
 """
 
@@ -29,15 +29,15 @@ PROGRAMS = 128  # one for each size of the images, in all runs of a process
 class CompiledNetwork:
     """A network called through torch.compile, for batches of the shapes that are worth it.
 
-    Each shape is compiled by itself, which takes as long as some thousand steps save: so for whole
-    batches only, and only of the sides named. All others, such as the last batch of an epoch, run
-    as they are, and so does everything where there is no compiler, after a warning. Both ways give
-    the same sums but for their last digits.
+    Each shape is compiled separately, which takes as long as some thousand steps save: so only
+    whole batches are compiled, and only of the sides named. All others, such as the last batch of
+    an epoch, run eagerly, and so does everything, after a warning, if there is no compiler. Both
+    ways give the same values up to rounding.
 
     Args:
-        model: a network of (N, 3, side, side) batches, on its device already, since what is
-            compiled works on the tensors it has now; they stay its own; and in the mode, train or
-            eval, in which it is to run.
+        model: takes batches (N, 3, side, side). On its device already, since the compiled program
+            shares the parameters and buffers that it has now; and in the mode, train or eval, in
+            which it is to run.
         batch_size: N of a whole batch.
         sides: the sides, in pixels, that are compiled.
         precision: in which the network computes, compiled or not.
@@ -54,8 +54,8 @@ class CompiledNetwork:
         on_cpu = next(model.parameters()).device.type == "cpu"
         if on_cpu and precision == torch.bfloat16 and not computes_bfloat16():
             warnings.warn(
-                "this CPU has no instructions for bfloat16: a step in it takes about ten times as "
-                'long as one in float32; precision="float32" trains without',
+                "this CPU has no instructions for bfloat16: a step takes about ten times as long "
+                'as in float32; use precision="float32"',
                 stacklevel=4,  # the line that called train
             )
 
@@ -93,12 +93,12 @@ def _compiling() -> Iterator[None]:
     import torch._dynamo.config  # seconds: only where something is compiled
     import torch._functorch.config
 
-    # All networks of a process share a list of programs, which by default holds eight and then is
-    # no longer added to, without a word.
+    # All networks of a process share one cache of programs. By default it holds eight; after that
+    # torch silently compiles no more.
     programs = torch._dynamo.config.patch(
         recompile_limit=PROGRAMS, fail_on_recompile_limit_hit=True
     )
-    # The backward pass with the forward: what fails, fails here, where it can be helped.
+    # Compile the backward pass with the forward, so that a failure is raised, and handled, here.
     backward = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     with programs, backward:
         yield
@@ -107,7 +107,7 @@ def _compiling() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """What went wrong, in a line; torch's own message is a page."""
     if " " in str(torch.__file__):
-        return "it can't from an environment whose path has a space in it"
+        return "it can't run from an environment whose path has a space in it"
     lines = [line.strip() for line in str(error).splitlines() if "rror" in line or "No " in line]
     return lines[0] if lines else type(error).__name__
 
@@ -118,15 +118,15 @@ def _reason(error: Exception) -> str:
 def accelerated(
     model: nn.Module, precision: torch.dtype = torch.float32, norms: bool = True
 ) -> nn.Module:
-    """A twin of `model` for training on a CPU, of the same parameters, buffers and mode.
+    """A twin of `model` for training on a CPU, with the same parameters, buffers and mode.
 
-    Depthwise convolutions whose gradients torch has no fast code for are replaced by ones that
-    have; and where a ReLU follows each BatchNorm, the two by one step.
+    Depthwise convolutions for whose gradients torch has no fast code are replaced by ones with
+    fast gradients; and where a ReLU follows each BatchNorm, each such pair by one `NormReLU`.
 
     Args:
         precision: what passes between the layers, see `MixedPrecision`.
-        norms: False leaves the BatchNorms as they are: the joint step is for the compiler, and
-            slower without.
+        norms: False leaves the BatchNorms as they are: `NormReLU` is faster only when it is
+            compiled.
     """
     tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=tensors)
@@ -148,7 +148,7 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def _a_relu_follows_each_norm(model: nn.Module) -> bool:
-    """Whether each BatchNorm's output goes into a ReLU and nowhere else, and these see no other."""
+    """Whether each BatchNorm's output goes only into a ReLU, and each ReLU follows a BatchNorm."""
     try:
         graph = torch.fx.Tracer().trace(model)
     except Exception:  # what depends on values can't be traced
@@ -180,11 +180,11 @@ def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:
 class DilatedDepthwise(nn.Module):
     """A depthwise 3x3 convolution, dilated or not, whose backward pass is fast on a CPU.
 
-    oneDNN, the library behind torch there, has no fast code for either gradient: measured, each
-    takes five to twenty times as long as the forward pass. But its input's is a dilated depthwise
-    convolution as well, with the filter rotated by 180 degrees, for which there is fast code; its
-    filter's is that of an undilated convolution of the d² images that every d-th pixel makes. In
-    bfloat16 the former is twice as fast as oneDNN's own code where nothing is dilated, too.
+    oneDNN, which torch uses there, has no fast code for either gradient: measured, each takes five
+    to twenty times as long as the forward pass. But the input's gradient is a dilated depthwise
+    convolution too, with the filter rotated by 180 degrees, for which there is fast code; the
+    filter's gradient is that of an undilated convolution of the d² images made of every d-th pixel.
+    In bfloat16 the former is twice as fast as oneDNN's own code even without dilation.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -223,9 +223,9 @@ class _Dilated(torch.autograd.Function):
 class StridedDepthwise(nn.Module):
     """A strided depthwise 3x3 convolution whose backward pass is fast on a CPU in bfloat16.
 
-    oneDNN has no fast code for its input's gradient there: measured, it takes fifty times as long
-    as in float32. But that is an undilated convolution of the output's gradient, spread out, with
-    the filter rotated by 180 degrees.
+    oneDNN has no fast code for the input's gradient there: measured, it takes fifty times as long
+    as in float32. But it is also a convolution of the output's gradient, with zeros inserted
+    between its pixels, with the filter rotated by 180 degrees, at stride 1.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -279,11 +279,11 @@ def _depthwise(x: Tensor, weight: Tensor, d: int) -> Tensor:
 
 
 class NormReLU(nn.Module):
-    """A BatchNorm in training, and a ReLU: the same numbers with fewer passes over memory.
+    """A BatchNorm in training mode and a ReLU: the same numbers with fewer passes over memory.
 
-    A net this small waits for memory. The compiler, left to itself, sums channel by channel,
-    eight at a time, and so goes through all images as often as there are eights; and backward it
-    reads the ReLU's output as well, only to see where that is zero.
+    A network this small is memory-bound. The compiler by itself sums eight channels at a time, and
+    so reads all images once for every eight channels; and in the backward pass it reads the ReLU's
+    output too, only to see where that is zero.
     """
 
     def __init__(self, norm: nn.BatchNorm2d):
@@ -304,15 +304,15 @@ class NormReLU(nn.Module):
 class _NormReLU(torch.autograd.Function):
     """relu(weight (x - mean) / std + bias); also the mean and the variance, both (C,).
 
-    x, which may be of lower precision than the rest, only rounds what is written to memory.
+    Where x has lower precision than the rest, only what is written to memory is rounded to it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, guess: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # About a guess at the mean: the sum of squares would lose digits where the mean is hundreds
-        # of standard deviations; in the first steps the guess is 0, and so, nearly, are the means.
+        # Centred on a guess, the running mean: else the sum of squares would lose digits where the
+        # mean is hundreds of deviations. At first the guess is 0, and the means are close to 0.
         centred = x - _spread(guess)
         count = x.numel() // x.shape[1]
         offset = _sum(centred) / count
@@ -346,7 +346,7 @@ def _spread(channels: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (C,): row by row first, which stay in the cache while all channels pass."""
+    """(N, C, H, W) -> (C,): row by row first, as a row of all channels stays in the cache."""
     return x.sum(dim=3).sum(dim=(0, 2))
 
 
@@ -361,7 +361,7 @@ class MixedPrecision(nn.Module):
 
     Args:
         model: takes batches (N, 3, H, W) and ends in `gap` and `head`; its parameters and buffers
-            are used as by a call of it.
+            are used and updated as if it were called itself.
     """
 
     def __init__(self, model: nn.Module, precision: torch.dtype):

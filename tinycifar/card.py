@@ -125,7 +125,7 @@ def values() -> dict[str, str]:
 
 
 def class_table(confusion: np.ndarray, classes: list[str]) -> pd.DataFrame:
-    """Each class: accuracy, how many of those called so are so, and what it is taken for most.
+    """Each class: its accuracy, its precision, and the class that it is most often taken for.
 
     Args:
         confusion: how often class i (row) was taken for class j (column), integers (n, n).

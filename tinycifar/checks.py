@@ -54,7 +54,7 @@ class DataError(RuntimeError):
 
 
 class DataUnavailable(DataError):
-    """CIFAR-10 is neither on the disk nor at its host: `auto` falls back."""
+    """CIFAR-10 is neither on the disk nor can it be downloaded: `auto` falls back on `shapes`."""
 
 
 # As Python, NumPy, torch, the system's loader, torch's DataLoader, Jupyter and a pool of processes
@@ -71,6 +71,6 @@ def explained(message: str) -> str:
     if "memory ran out" in message or not _NO_MEMORY.search(message):
         return message
     return (
-        f"most likely memory ran out ({message}): close other programs, or use a machine with "
-        "more; the same command goes on from the last finished epoch"
+        f"most likely memory ran out ({message}): close other programs, or use a machine with more "
+        "memory; the same command goes on from the last finished epoch"
     )

@@ -40,7 +40,7 @@ ALTERED = "is truncated or altered (its MD5 sum is wrong)"
 def data_root(root: str | os.PathLike | None = None) -> Path:
     """The folder that `load` takes CIFAR-10 from: `root`, else CIFAR10_ROOT, else `data`.
 
-    Where that names the folder of batches itself, or the archive, it is the folder around it.
+    If that names the folder of batches itself, or the archive, its parent folder is returned.
     """
     chosen = absolute(root or os.environ.get("CIFAR10_ROOT") or "data")
     for folder in (chosen, chosen.resolve()):  # a link may be called otherwise
@@ -94,7 +94,7 @@ def _fetch(root: Path, progress: bool) -> None:
     """
     if any((root / name).exists() for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]):
         raise DataError(
-            f"{root} holds files of CIFAR-10, and isn't called {CIFAR10.base_folder}: rename it so."
+            f"{root} holds CIFAR-10, but isn't called {CIFAR10.base_folder}: rename it to that."
         )
     archive = root / CIFAR10.filename
     found = archive.exists()

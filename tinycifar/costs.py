@@ -18,7 +18,7 @@ class LayerCost:
 
     name: str
     kind: str
-    out_shape: tuple[int, ...]  # (C, H, W)
+    out_shape: tuple[int, ...]  # without the batch: (C, H, W), of channel attention (1, C)
     params: int
     macs: int
 
@@ -44,7 +44,7 @@ def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
     rows, the first of them with its parameters.
 
     Raises:
-        ValueError: a layer isn't called as a module, as those of a fused network.
+        ValueError: a layer isn't called as a module, as in a fused network.
     """
     rows: list[LayerCost] = []
     for name, module, out in _trace(model, size):
@@ -65,11 +65,11 @@ def receptive_field(model: nn.Module, size: int = 32) -> list[Field]:
 
     Layer by layer field += (kernel - 1) * dilation * jump, then jump *= stride (Araujo et al.,
     "Computing Receptive Fields of Convolutional Neural Networks", Distill, 2019). Holds for
-    networks that are one chain of square layers, as this one is. Not counted are the pooling of a
-    shortcut and channel attention, whose means are of the whole image.
+    networks that are one chain of square layers, as those here are. Not counted are the pooling of
+    a shortcut, and channel attention, whose means are of the whole image.
 
     Raises:
-        ValueError: a layer isn't called as a module, as those of a fused network.
+        ValueError: a layer isn't called as a module, as in a fused network.
     """
     rows: list[Field] = []
     field = jump = 1

@@ -49,9 +49,9 @@ BANNER = """\
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set in memory; `load` makes it. One's own is checked where a protocol splits it."""
+    """A data set in memory: from `load`, or your own, which `DataSplits` checks."""
 
-    name: str  #: "cifar10" or "shapes", or what one's own is called
+    name: str  #: "cifar10" or "shapes", or the name of your own
     classes: tuple[str, ...]  #: names, by label, no two alike
     train_images: np.ndarray  #: uint8 (N, 32, 32, 3), RGB
     train_labels: np.ndarray  #: int64 (N,)

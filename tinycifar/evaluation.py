@@ -102,10 +102,10 @@ _before: list[list[Any]] = []  # what the settings were, once for each that uses
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions are in float32, whatever the caller has set, and on a GPU deterministic.
+    """Convolve in full float32, whatever the caller has set, and on a GPU deterministically.
 
-    These switches are the whole process's: of several threads the first sets them, and the last
-    gives them back.
+    The settings are those of the whole process: of several threads, the last one to end restores
+    what the first one found.
     """
     with _lock:
         _before.append([getattr(holder, name) for holder, name, _ in _SETTINGS])

@@ -95,8 +95,8 @@ def export(
     if not own and (into / FILES[1]).exists():
         raise RunError(
             f"{shown(into / FILES[1])} is there already, and without the images of "
-            f"{config['dataset']} none can be made to go with a new float file: name another "
-            "folder, or bring the images"
+            f"{config['dataset']} it can't be replaced along with the float file: name another "
+            "folder, or get the images"
         )
     images, labels, stats = data.test_images, data.test_labels, Stats(network.mean, network.std)
 
@@ -195,8 +195,8 @@ def sources(run: str | Path) -> tuple[RunDirectory, RunDirectory | None]:
     teacher = RunDirectory(find_run(recipe["teacher"]))
     if teacher.checksum() != given.config()["teacher_sha256"]:
         raise RunError(
-            f"{shown(given.path)} started from other weights than those of {recipe['teacher']!r} "
-            "now: get these again, or train the run again"
+            f"{shown(given.path)} started from other weights than {recipe['teacher']!r} has now: "
+            "restore those, or train the run again"
         )
     return teacher, given
 

@@ -30,7 +30,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# How Pillow brings a PNG's samples to 8 bits; the colour that is transparent it leaves as it is.
+# The factor by which Pillow scales a PNG's samples to 8 bits. It doesn't scale the transparent one.
 _TO_8_BITS: dict[Any, float] = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
@@ -110,7 +110,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
-    """That of a PNG whose samples Pillow is about to bring to 8 bits, brought there as well."""
+    """The transparent colour of a PNG whose samples Pillow will scale to 8 bits, scaled too."""
     if not isinstance(image, PngImageFile) or not image.tile:  # or it is loaded already
         return None
     factor, colour = _TO_8_BITS.get(image.tile[0].args), image.info.get("transparency")
@@ -120,7 +120,7 @@ def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What its EXIF or XMP asks for, whatever is wrong with the rest of these."""
+    """The turn that its EXIF or XMP asks for, even if the rest of them is damaged."""
     with suppress(Exception):  # Pillow raises whatever it trips over
         return _UPRIGHT.get(image.getexif()[ORIENTATION])
     with suppress(Exception):  # at a field that points beyond the end, Pillow stops reading

@@ -142,7 +142,7 @@ def classify(
         TypeError: a single name instead of several.
     """
     if isinstance(files, str | os.PathLike):
-        raise TypeError(f"classify takes a list of files, of one too: [{os.fspath(files)!r}]")
+        raise TypeError(f"classify takes a list of files, also for one: [{os.fspath(files)!r}]")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
@@ -177,7 +177,7 @@ def write_csv(
     rows = csv.writer(to, lineterminator="\n")
     rows.writerow(["path", "class", "probability", *network.classes])
     skipped = 0
-    hidden = True if to.isatty() else None  # None: where stderr is no terminal
+    hidden = True if to.isatty() else None  # None: hidden unless stderr is a terminal
     with tqdm(total=len(files), unit=" images", disable=hidden) as bar:
         for file, result in classify(files, network, batch_size):
             if isinstance(result, Exception):

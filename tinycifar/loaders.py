@@ -85,7 +85,7 @@ class BatchedLoader(Loader):
             ]
         )
         if self.recipe.alternate_flip:
-            # After Keller Jordan (2024, arXiv:2404.00498): two epochs show both sides of each.
+            # After Keller Jordan (2024, arXiv:2404.00498): two epochs show each image both ways.
             self.transform.set_flips(draws, self.mirrored[order] ^ bool(epoch % 2))
         # All of an epoch at once: each copy to a GPU is waited for.
         order, draws = order.to(self.device), draws.to(self.device)
@@ -133,7 +133,7 @@ def resized(images: Tensor, side: int) -> Tensor:
 
 
 def key(*parts: int) -> int:
-    """One 32-bit seed from (seed, epoch, ...): neighbours are as unlike as any two.
+    """One 32-bit seed from (seed, epoch, ...); neighbouring keys give unrelated seeds.
 
     Zeros at the end don't count, so an epoch shares its seed with its first batch.
     """

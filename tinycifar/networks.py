@@ -2,12 +2,12 @@
 
     BlueprintNet(layout="16 24 36 36d2 48 48 64s2 64d2 64d3 64 64")
 
-A block mixes the channels first and looks around afterwards: pointwise 1x1, depthwise 3x3,
+A block mixes the channels first and filters each afterwards: pointwise 1x1, depthwise 3x3,
 BatchNorm, ReLU (blueprint separable convolutions: Haase and Amthor, 2020, arXiv:2003.13549).
 Where shapes allow it, its input is added to its output (He et al., 2015, arXiv:1512.03385).
-What it makes can be weighted channel by channel (efficient channel attention: Wang et al., 2019,
-arXiv:1910.03151), and its convolutions used several times in a row, each with a BatchNorm of its
-own (as in ThriftyNet: Coiffier et al., 2020, arXiv:2007.10106).
+Its channels can be weighted (efficient channel attention: Wang et al., 2019, arXiv:1910.03151), and
+its convolutions applied several times in a row, each time with a BatchNorm of its own (as in
+ThriftyNet: Coiffier et al., 2020, arXiv:2007.10106).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Layer(NamedTuple):
 
 
 class ChannelAttention(nn.Module):
-    """Each channel times a weight that it and its neighbours have, by their means: (N, C, H, W)."""
+    """Each channel times a weight, from its own and its neighbours' means: (N, C, H, W)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class BlueprintBlock(nn.Module):
         return x
 
     def unrolled(self) -> nn.Module:
-        """The same function, by blocks that each use convolutions of their own once."""
+        """The same function as a chain of blocks, each with its own convolutions, used once."""
         if not self.more_bns:
             return self
         blocks = nn.Sequential(*(copy.deepcopy(self) for _ in (self.bn, *self.more_bns)))
@@ -219,7 +219,7 @@ def own_network(num_classes: int, name: str) -> nn.Module:
         ) from error
     # Nothing else is called: the name may come with a run that somebody sent.
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"network {name!r} must be a class of torch modules; got {cls!r}")
+        raise ValueError(f"network {name!r} must be a class derived from nn.Module; got {cls!r}")
     try:
         network = cls(num_classes)
     except Exception as error:

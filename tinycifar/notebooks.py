@@ -63,7 +63,7 @@ def run_notebooks(
     declared = {name: _declared_parameters(name) for name in names}
     given = {**SETTINGS, **(settings or {}), "run_dir": run_dir}, dict(extra or {})
     command = getattr(sys.modules["__main__"].__spec__, "name", "") == "tinycifar.__main__"
-    # A new process imports what was started: a script may be without a guard, the command isn't.
+    # A spawned process imports the main module: a script may lack the guard, the command has it.
     apart = command and "torch" not in sys.modules
     folder, parameters = (_settle_apart if apart else _settle)(declared, *given)
     started = time.time() - 1  # the times of files are coarse

@@ -24,10 +24,10 @@ ADAM_BETAS = (0.9, 0.99)
 
 
 def optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """One for all parameters, or one and, for the convolutions inside that mix channels, Muon.
+    """One for all parameters; or two, of which Muon trains the inner convolutions mixing channels.
 
-    Muon's is less a rate than a length, so it has a rate of its own, `muon_lr`; both follow the
-    recipe's schedule. AdamW averages squared gradients over a hundred steps, not torch's thousand.
+    Muon's learning rate is the length of its step, so it has one of its own, `muon_lr`; both follow
+    the recipe's schedule. AdamW averages squared gradients over a hundred steps, not a thousand.
 
     Args:
         model: on its device already; for Muon in channels_last, whose memory it shares.
@@ -66,10 +66,10 @@ def _mixing(model: nn.Module) -> list[Tensor]:
 class _Muon(torch.optim.Muon):
     """Muon for convolutions: where momentum is U S Vᵀ, the step is about U Vᵀ.
 
-    So a step goes equally far in all directions that the gradients name, rare ones included (Keller
-    Jordan, 2024, kellerjordan.github.io/posts/muon). torch's takes matrices only: weights
-    (out, in, kh, kw) are shown to it as (out, kh * kw * in) of the same memory, which in
-    channels_last lies so. Gradients stay the weights' own, for the model to clear.
+    So a step goes equally far in all directions of the gradients, rare ones included (Keller
+    Jordan, 2024, kellerjordan.github.io/posts/muon). torch's Muon takes matrices only: weights
+    (out, in, kh, kw) are passed to it as views (out, kh * kw * in), which channels_last memory
+    allows. Gradients stay the weights' own, for the model to clear.
     """
 
     def __init__(self, weights: list[Tensor], **options: Any):
@@ -93,8 +93,8 @@ def _matrix(weight: Tensor) -> Tensor:
 def dirac(model: nn.Module) -> None:
     """Dirac initialisation: add the identity to each depthwise filter, so that it passes its input.
 
-    A chain of random filters blurs and mixes up what it is shown, and this network has no
-    shortcuts around them. After Keller Jordan's airbench (arXiv:2404.00498), which does so with
+    A chain of random filters blurs and mixes up its input, and NetCIFAR10_Tiny has no skip
+    connections around them. After Keller Jordan's airbench (arXiv:2404.00498), which does so with
     standard convolutions; see also Xiao et al. (2018, arXiv:1806.05393).
     """
     for module in model.modules():

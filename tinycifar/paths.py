@@ -1,4 +1,4 @@
-"""Where things lie: the one place that knows.
+"""Where files are, and what relative paths mean.
 
 A relative path counts from the working folder; inside a checkout of this repository, from its
 root, wherever in it a notebook or a test runs.

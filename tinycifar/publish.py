@@ -401,7 +401,7 @@ def published_runs() -> list[Run]:
 def verify(runs: Iterable[Run] | None = None) -> None:
     """Evaluate published weights on the real images, and compare with their metrics.
 
-    They may differ by 0.01 % of accuracy or 0.001 of loss.
+    They may differ by 0.01 points of accuracy or 0.001 of loss.
 
     Args:
         runs: None is all of results/.
@@ -424,7 +424,7 @@ def verify(runs: Iterable[Run] | None = None) -> None:
             if not agrees:
                 wrong.append(str(name))
     if wrong:
-        raise RuntimeError(f"these weights don't reach what is claimed: {', '.join(wrong)}")
+        raise RuntimeError(f"figures of these weights aren't those claimed: {', '.join(wrong)}")
 
 
 def measure(run: Run, data: Data) -> dict[str, float]:

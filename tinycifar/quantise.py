@@ -3,9 +3,9 @@
     model = simulated_int8(load_pretrained())
     calibrate(model, batches)
 
-Weights are rounded to 127 levels, each output channel with a scale of its own; what enters a
-convolution to 256 levels of one scale and zero point, over the range that was seen. Rounding has
-no slope, so gradients pass it as if it weren't there (straight-through estimator: Bengio et al.,
+Weights are rounded to 127 levels, each output channel with a scale of its own; a convolution's
+input is rounded to 256 levels with one scale and zero point, over the range seen. The gradient of
+rounding is 0, so it is left out of the backward pass (straight-through estimator: Bengio et al.,
 2013, arXiv:1308.3432; with int8 convolutions: Jacob et al., 2018, arXiv:1712.05877). BatchNorms
 are folded beforehand; the first convolution, which sees the image itself, and the head stay in
 float32, where they cost no time. `export` writes the same arithmetic as ONNX.
@@ -64,7 +64,7 @@ class Quantiser(nn.Module):
 
 
 class Int8Conv(nn.Conv2d):
-    """A convolution of what its `input`, a Quantiser, makes of a tensor, with rounded weights."""
+    """A convolution with rounded weights, whose input passes through `input`, a Quantiser."""
 
     def __init__(self, conv: Any):
         shape = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride
@@ -102,8 +102,8 @@ def simulated_int8(model: nn.Module, exact: Collection[str] | None = None) -> An
 
     Args:
         model: a network in eval mode that begins in a convolution and ends in `gap` and `head`.
-        exact: the names of the convolutions that stay in float; None: the first and the head. So
-            do those that pad with something else than zeros.
+        exact: the names of the convolutions that stay in float; None: the first and the head.
+            Those that pad with anything but zeros always stay in float.
 
     Raises:
         ValueError: see `folded`.
@@ -163,7 +163,7 @@ def _outputs(
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Have the quantisers see batches of normalised training images, float32 (N, 3, H, W)."""
+    """Set the quantisers' ranges by batches of normalised training images, float32 (N, 3, H, W)."""
     model.train()
     with torch.no_grad():
         for batch in batches:

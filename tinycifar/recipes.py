@@ -32,7 +32,7 @@ class Recipe:
     name: str
     epochs: int = 50
     batch_size: int = 128
-    precision: str = "float32"  # of what passes between layers in training; or bfloat16
+    precision: str = "float32"  # or bfloat16, in training: see acceleration.MixedPrecision
 
     optimizer: str = "sgd"  # sgd (Nesterov), adamw; muon, muon_adamw: Muon where channels mix
     lr: float = 0.045  # the highest the schedule reaches
@@ -45,9 +45,9 @@ class Recipe:
     schedule: str = "plateau"  # plateau, one_cycle, cosine or constant
     warmup: float = 0.2  # one_cycle, cosine: share of all steps spent rising to lr
     plateau_factor: float = 0.1
-    plateau_patience: int = 2  # epochs without a better selection loss let pass; the next drops lr
-    stop_patience: int | None = 6  # epochs without one before training stops; None: never
-    min_delta: float = 1e-4  # what counts as better: for stopping, and for the epoch kept
+    plateau_patience: int = 2  # epochs without a better selection loss before the one that drops lr
+    stop_patience: int | None = 6  # epochs without a better loss until training stops; None: never
+    min_delta: float = 1e-4  # by how much a loss must be lower to be better: for stop and selection
 
     label_smoothing: float = 0.0
     ema: float | None = None  # decay of the weights' moving average, per step; None: no average
@@ -62,8 +62,8 @@ class Recipe:
     build: str = "batched"  # who makes the batches: batched, albumentations or torchvision
     alternate_flip: bool = False  # mirror each image in every second epoch, not at random
 
-    start_side: int = 32  # pixels: images are shrunk to this side in the first epoch and grow
-    grow: float = 0.5  # to their own over this share of the epochs: cheap steps first
+    start_side: int = 32  # pixels: the side to which images are shrunk in the first epoch
+    grow: float = 0.5  # share of the epochs in which they grow back to 32: cheap steps first
 
     network: str = "tiny"  # NetCIFAR10_Tiny; your own, as "module:Class", see own_network in
     # networks.py; or the layout of a BlueprintNet there, which takes these three options:

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILES = ("config.json", "history.csv", "last.pt", "best.pt", "metrics.json")
-# In this order: without last.pt no run goes on by mistake, and until config.json is gone it says
-# whose the others are.
+# In this order: without last.pt no run is resumed by mistake, and config.json, removed last, says
+# which run the other files are from.
 _REMOVED = ("last.pt", "metrics.json", "best.pt", "history.csv", "config.json")
 HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 # Preset: the published run, settled without the test set, whose weights go by its name.
@@ -262,7 +262,7 @@ class RunDirectory:
     # For training.
 
     def kept(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The metrics of the run that `identity` tells, if it is finished; else None.
+        """The metrics of the run that `identity` describes, if it is finished; else None.
 
         Raises:
             RunError: another run is in this directory, or one whose files are damaged.
@@ -279,14 +279,14 @@ class RunDirectory:
     def opened(
         self, config: dict[str, Any], identity: dict[str, Any], force: bool = False
     ) -> Iterator[dict[str, Any] | None]:
-        """Keep other processes off, make the directory that of this run, and give its checkpoint.
+        """Lock the directory, make it that of this run, and give its checkpoint.
 
-        The lock dies with its process. A run that goes on under other conditions than it was begun
-        with is told so in a warning.
+        The lock ends with its process. A run that goes on under other conditions than it was begun
+        with causes a warning.
 
         Args:
             config: becomes config.json, unless there is one.
-            force: first remove a finished run, and another one than `identity` tells.
+            force: first remove a run that is finished or isn't the one that `identity` describes.
 
         Yields:
             what `save` was last given, with tensors on the CPU; None in a new run.
@@ -467,7 +467,7 @@ def locked(file: Path, busy: str, timeout: float = 0) -> Iterator[None]:
     Raises:
         RunLocked: another process has held it for `timeout` seconds; says what `busy` says.
     """
-    # In place of locks filelock would leave a file, which keeps other machines off for ever.
+    # As a fallback filelock would leave a file: after a crash, other machines never get in again.
     lock = filelock.FileLock(file, fallback_to_soft=False)
     try:
         lock.acquire(timeout=timeout)
@@ -483,7 +483,7 @@ def locked(file: Path, busy: str, timeout: float = 0) -> Iterator[None]:
 
 
 def _status(file: Path) -> tuple[int, int] | None:
-    """Which file it is, whatever its name; None where there is none."""
+    """The device and inode of a file; None where there is none."""
     with suppress(OSError):
         status = file.lstat()
         return status.st_dev, status.st_ino
@@ -618,7 +618,7 @@ def _warn_if_elsewhere(begun: dict[str, Any], now: dict[str, Any]) -> None:
     if changed:
         warnings.warn(
             f"this run was begun under other conditions ({'; '.join(changed)}): it goes on, and "
-            "may end with other digits than it would have",
+            "may end with slightly different numbers than it would have",
             stacklevel=5,  # the line that called train
         )
 

@@ -106,8 +106,8 @@ def _crescent(u: Any, v: Any) -> Any:
     return np.minimum(_disc(u, v, 0.95), -_disc(u - 0.45, v, 0.75))
 
 
-def _square(u: Any, v: Any, side: float = 0.75) -> Any:
-    return side - np.maximum(abs(u), abs(v))
+def _square(u: Any, v: Any, half_side: float = 0.75) -> Any:
+    return half_side - np.maximum(abs(u), abs(v))
 
 
 def _frame(u: Any, v: Any) -> Any:

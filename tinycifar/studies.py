@@ -125,13 +125,13 @@ def _study(name: str, content: object) -> Study:
 def _search(content: dict, base: Recipe, seeds: tuple[int, ...]) -> Search | None:
     if "search" not in content:
         if given := content.keys() & SEARCH_KEYS:
-            raise ValueError(f"{min(given)!r} is of a search: name ranges under 'search'")
+            raise ValueError(f"{min(given)!r} belongs to a search: name ranges under 'search'")
         return None
     if "trials" not in content:
         raise ValueError("a search needs 'trials', how many: e.g. trials: 40")
     if len(seeds) > 1:
         raise ValueError(
-            f"a search has one seed; got {list(seeds)}: confirm: 3 trains the best with two more"
+            f"a search has one seed; got {list(seeds)}: 'confirm: 3' gives the best 3 two more"
         )
     sampler, prune = content.get("sampler", "tpe"), str(content.get("prune", "median"))
     prune = "none" if content.get("prune", "median") is None else prune  # null is YAML's none
@@ -186,7 +186,7 @@ _RANGE = {"low", "high", "log", "step"}
 
 
 def _check_together(base: Recipe, ranges: Mapping[str, Any]) -> None:
-    """Whether the ends of the ranges make recipes together, too; of very many, the first."""
+    """Check that the ranges' ends can be combined, too: up to 2,000 combinations of them."""
     ends = [getattr(d, "choices", None) or (d.low, d.high) for d in ranges.values()]
     for values in islice(product(*ends), 2_000):
         _changed(base, "search", dict(zip(ranges, values, strict=True)), "trial")
@@ -280,7 +280,7 @@ def train_many(
         seeds: whole numbers.
         protocol, dataset, device: as for `train`.
         folder: where the run directories go, called `<recipe>-<protocol>-seed<seed>`.
-        jobs: how many workers here, of 1 to 2 GB each; None is one a core, on a GPU up to 8.
+        jobs: how many workers here, of 1 to 2 GB each; None: cores / threads, on a GPU up to 8.
         threads: of each worker. Another number rounds in another way, whatever `jobs` is.
         storage: the URL of a database, as Optuna takes it; None is SQLite's, in the folder.
         heartbeat: seconds between a worker's signs of life; three times as long without one, and
@@ -330,9 +330,9 @@ def train_study(study: str | Path | Study, **options: Any) -> list[dict[str, Any
 
 
 def chosen(search: Search, folder: Path) -> list[tuple[Recipe, int]]:
-    """Recipe and seed of the best trial in a folder; of a search that is confirmed, of the best.
+    """Recipe and seed of the best trial in a folder, by validation accuracy.
 
-    By validation accuracy, and with the seeds that confirm them.
+    With `confirm`, of so many of the best, each with the confirming seeds as well.
     """
     best: list[tuple[float, int, Recipe]] = []
     for file in absolute(folder).glob(f"trial_*-val-seed{search.seed}/metrics.json"):
@@ -428,7 +428,7 @@ _OF_ALL_RUNS = ("protocol", "dataset", "limit", "data_sha256")
 
 
 def _most_jobs(device: torch.device, threads: int) -> int:
-    """One a core, and no more on a GPU than fit."""
+    """One for every `threads` cores; on a GPU JOBS_ON_A_GPU at most."""
     jobs = max(1, _cores() // threads)
     return jobs if device.type == "cpu" else min(jobs, JOBS_ON_A_GPU)
 

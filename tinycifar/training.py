@@ -51,8 +51,8 @@ from tinycifar.run_directory import (
 )
 from tinycifar.weights import load_network
 
-# So many images of one size pay for compiling the network for it: measured on two cores, at any
-# size, that takes what 40,000 to 60,000 images save.
+# From this many images of one size, compiling the network for that size pays: on two cores it was
+# measured to take as long as 40,000 to 60,000 images save, at any size.
 COMPILE_FROM = 80_000
 
 Row = dict[str, Any]  # a row of history.csv
@@ -167,12 +167,12 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def check_parts(experiment: Experiment) -> None:
-    """Refuse what only a run that isn't finished needs: its teacher, or a network of one's own.
+    """Check what only an unfinished run needs: its teacher, and a network of your own.
 
     Raises:
         FileNotFoundError: there is no such teacher. RunError: it isn't finished, so that its
-        weights still change. ValueError: it may have seen what is held back here, or its numbers
-        are int8; or the network can't be trained.
+        weights still change. ValueError: it may have seen what is held back here, or is an int8
+        network; or your network can't be trained.
     """
     recipe = experiment.recipe
     if ":" in recipe.network:
@@ -191,7 +191,7 @@ def _check_own_network(recipe: Recipe, num_classes: int) -> None:
         except RuntimeError as error:
             raise ValueError(
                 f"network {recipe.network!r} can't be trained in {recipe.precision} ({error}): "
-                "weights before `gap` must be convolutions' and BatchNorms'; float32 takes all"
+                "only convolutions and BatchNorms may have weights before `gap`; float32 takes all"
             ) from error
 
 
@@ -243,8 +243,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a network and write a run directory.
 
-    The same call again goes on where it was interrupted, and returns what it returned before once
-    the run is finished.
+    The same call again goes on where it was interrupted; once the run is finished, it returns the
+    same metrics without training.
 
     Args:
         recipe: a name in RECIPES, or a Recipe.
@@ -257,15 +257,15 @@ def train(
         workers: loader processes for the per-sample builds; changes the speed, not the bits. Where
             processes are spawned (macOS, Windows, from Python 3.14 on), a script needs the guard
             `if __name__ == "__main__":`.
-        force: begin again where a run is there that is finished, or another one.
+        force: begin again if the run there is finished or is another one.
         progress: draw bars and print a line an epoch; False is silent.
         compile: True uses torch.compile, False does without, "auto" compiles for image sizes
-            that the run feeds COMPILE_FROM images of. It changes the speed, and of the numbers
-            only what rounding changes; a resumed run is to have the same.
-        on_epoch: called with the row of history.csv after each epoch, those that a resumed run
-            finds done included (of a finished run none); if it returns True the run ends there, as
-            one that stopped early.
-            An exception that it raises ends the call and leaves the run unfinished.
+            of which the run uses COMPILE_FROM images or more. It changes the speed, and the
+            numbers only by rounding; resume a run with the same setting.
+        on_epoch: called with the row of history.csv after each epoch, including those that a
+            resumed run has already done (but never for a finished run). If it returns True, the
+            run ends there, as one that stopped early. An exception that it raises ends the call
+            and leaves the run unfinished.
         test: False leaves the test set alone, as a search does: what metrics.json holds of it is
             None, until the same call with True adds it.
 
@@ -322,7 +322,7 @@ def _tested(run: RunDirectory, experiment: Experiment) -> dict[str, Any]:
 
 
 def test_figures(model: nn.Module, splits: DataSplits) -> dict[str, float]:
-    """Accuracy (percent) and loss on the test images, and the accuracy with each mirrored too.
+    """Accuracy (percent) and loss on the test images; test_acc_tta: averaged with mirror images.
 
     Raises:
         Diverged: their loss isn't finite.
@@ -459,8 +459,8 @@ class Trainer:
         side, device = self.experiment.recipe.side(epoch), self.experiment.device
         # For whatever a network may draw by itself.
         _seed(key(self.experiment.seed, epoch), device)
-        # Sums stay on the device, where reading one means waiting for all that was queued; a sum
-        # that was ever NaN or infinite stays so, hence a GPU may be asked now and then.
+        # Sums stay on the device: reading one means waiting for all that is queued. A sum that was
+        # once NaN or infinite stays so, so on a GPU it is enough to check now and then.
         loss_sum, correct = torch.zeros(2, device=device)
         ask_every = 1 if device.type == "cpu" else 50
         with _bar(total=len(self.loader), unit="batch", on=self.progress, leave=False) as bar:
@@ -475,7 +475,7 @@ class Trainer:
         return loss_sum.item() / n, 100 * correct.item() / n
 
     def _require_finite_state(self, epoch: int) -> None:
-        """The loss is of the weights before the last step, and knows nothing of an average."""
+        """Also what the loss doesn't show: the weights after the last step, and their average."""
         tensors = {
             "weights": self.model.state_dict().values(),
             "averaged weights": self.evaluated.state_dict().values(),
@@ -617,10 +617,10 @@ _one_at_a_time = threading.Lock()
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic algorithms and our own random stream, all given back afterwards.
+    """Deterministic algorithms and our own random stream; all settings are restored afterwards.
 
-    These are the whole process's, so one training at a time has them. Another is refused rather
-    than kept waiting: from within `on_epoch` it would wait for itself.
+    They are those of the whole process, so only one training runs at a time. Another is refused
+    rather than kept waiting: started from within `on_epoch`, it would wait for itself.
 
     Raises:
         RunError: another training is in progress in this process.
@@ -644,7 +644,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
         on_cpu = torch.device("cpu") if elsewhere else nullcontext()
         with random_stream, full_precision(), recipes_precision, on_cpu:
             torch.use_deterministic_algorithms(True)
-            # Otherwise each new tensor is filled with NaN, in a network that waits for memory.
+            # Otherwise each new tensor is filled with NaN, which slows a memory-bound network.
             memory.fill_uninitialized_memory = False
             torch.set_default_dtype(torch.float32)
             try:

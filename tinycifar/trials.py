@@ -1,9 +1,9 @@
 """Trials in an Optuna storage, trained by any number of workers on any number of machines.
 
-Every run to be made waits in the storage as a trial, those of a search without parameters, which
-the sampler draws when a worker takes it. Taking one is atomic, so none is trained twice and a
-search has as many as were asked for. A trial trains an ordinary run directory. One whose worker
-died or was interrupted is queued again and resumes that directory.
+Every run waits in the storage as a trial; one of a search gets its parameters from the sampler
+when a worker takes it. Taking a trial is atomic, so none is trained twice and a search has as many
+as were asked for. A trial trains an ordinary run directory. One whose worker died or was
+interrupted is queued again and resumes that directory.
 
 Whole runs (recipes with seeds) and a search are two Optuna studies of one storage; `Plan` is what
 a worker is told. Two machines share the storage and the folder of the runs.
@@ -142,7 +142,7 @@ def _suggested(trial: Trial, name: str, d: BaseDistribution) -> Any:
 class Hyperband(optuna.pruners.HyperbandPruner):
     """Optuna's, for trials that may be interrupted and queued again, under another number.
 
-    An attempt that ended or waits is compared with none, and the next one stays in its bracket.
+    An attempt that failed or waits isn't compared with others; the next one stays in its bracket.
     """
 
     def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:
@@ -178,7 +178,7 @@ def default_storage(folder: Path) -> str:
 
 
 def sqlite_url(database: str, **query: str) -> str:
-    """The URL of a database of SQLite, whatever signs its path holds."""
+    """The URL of an SQLite database, whatever characters its path holds."""
     url = sqlalchemy.URL.create("sqlite", database=database, query=query)
     return url.render_as_string(hide_password=False)
 
@@ -195,10 +195,10 @@ def shown_url(url: str) -> str:
 
 @contextmanager
 def reachable(url: str) -> Iterator[None]:
-    """What goes wrong with the storage is one sentence, without its password.
+    """Turn errors of the storage into a RunError of one sentence, without its password.
 
     Raises:
-        RunError: it can't be reached or written, or isn't one.
+        RunError: it can't be reached or written, or the URL isn't a storage's.
     """
     try:
         yield
@@ -254,9 +254,9 @@ def connect(url: str, heartbeat: int = HEARTBEAT) -> RDBStorage:
 
 
 def _let_go_when_frozen(engine: sqlalchemy.Engine, seconds: int) -> None:
-    """A worker that is suspended within a transaction would keep all others waiting for its locks.
+    """Have the server end a connection that was idle in a transaction for so many seconds.
 
-    The server ends such a connection after so many seconds.
+    A worker suspended within a transaction would keep all others waiting for its locks.
     """
 
     @sqlalchemy.event.listens_for(engine, "connect")
@@ -268,7 +268,7 @@ def _let_go_when_frozen(engine: sqlalchemy.Engine, seconds: int) -> None:
 
 
 def original(trial: FrozenTrial) -> int:
-    """The number of a trial, of one that was queued again that of its first attempt."""
+    """The number of a trial's first attempt: its own, unless it was queued again."""
     first = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
     return trial.number if first is None else first
 
@@ -339,7 +339,7 @@ class Plan:
 
 
 def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
-    """Queue the runs, the trials of the search, and what failed before, as far as it isn't there.
+    """Queue the runs, the trials of the search, and what failed, unless they are queued already.
 
     Args:
         runs: recipe and seed by the name of the run.
@@ -367,8 +367,8 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         if differences:
             raise RunError(
                 f"{shown_url(plan.url)} was made for something else: "
-                f"{'; '.join(dict.fromkeys(differences))}. Nothing was touched: take that back, or "
-                "give another FOLDER (on a server, call the study file otherwise as well)"
+                f"{'; '.join(dict.fromkeys(differences))}. Nothing was touched: undo that, or "
+                "give another FOLDER (on a server, rename the study file as well)"
             )
         for study, now in made_for.items():
             if "made_for" not in study.user_attrs:
@@ -464,9 +464,9 @@ class _Worker:
         return True
 
     def _fail_silent_trials(self, study: optuna.Study) -> None:
-        """Queue again what a worker took just before it died; a heartbeat begins only after that.
+        """Queue again the trials of workers that died before their first heartbeat.
 
-        Optuna looks for heartbeats that have ended, and would pass over these forever.
+        Optuna only looks for heartbeats that have stopped, and would never find these.
         """
         with self.engine.connect() as connection:
             numbers = connection.scalars(_SILENT, {"name": study.study_name}).all()
@@ -701,7 +701,7 @@ def show_dashboard(folder: Path, storage: str | None, port: int) -> None:
     try:
         import optuna_dashboard
     except ImportError as error:
-        raise ImportError("not installed yet: pip install optuna-dashboard") from error
+        raise ImportError("optuna-dashboard isn't installed: pip install it first") from error
     url = storage or default_storage(file.parent)
     with reachable(url):
         print(f"http://127.0.0.1:{port} shows {shown_url(url)} until Ctrl-C")

@@ -45,8 +45,8 @@ def load_network(run: RunDirectory) -> Any:
     """The same for a run directory; see `load_pretrained`."""
     config, own = run.config(), False
     try:
-        # Of ours no random numbers are drawn, from a stream that a training may be using. Those of
-        # others may hold more than a file of weights does.
+        # Ours is built on "meta": nothing is drawn from a random stream that a training may use.
+        # A network of one's own may hold tensors that aren't in the file, so it is really built.
         own = "class" in config["model"]
         with torch.random.fork_rng([]) if own else torch.device("meta"):
             model: Any = make_network(len(config["classes"]), config["model"])

@@ -87,8 +87,8 @@ def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
             figure = draw(*args, **kwargs)
             figure.draw_without_rendering()  # ticks take their style when they are first drawn
             interactive = matplotlib.is_interactive()
-        # A notebook's backend is loaded by its first figure and turns interactive drawing on, one
-        # of the settings that the context has just put back: no later figure would be shown.
+        # A notebook's first figure loads its backend, which turns interactive drawing on. The
+        # context has just undone that, and without this line no later figure would be shown.
         matplotlib.interactive(interactive)
         return figure
 
@@ -226,7 +226,7 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
 
     Dashed is training, on the images as they were augmented (and shrunk); solid is what selects
     the epoch (validation or, said plainly, test); a star marks the selected epoch of a finished
-    run. Dotted: from here on the images of training are larger, those that select always whole.
+    run. Where a dotted line stands, the training images grow; those that select never shrink.
 
     Raises:
         ValueError: no run at all.
@@ -451,9 +451,9 @@ def plot_search(search: optuna.Study, what: str = "history") -> Figure:
 
     Args:
         what: "history", the validation accuracy of each trial and the best so far; "epochs", that
-            of each trial by epoch; "importances", what share each parameter has in the differences
-            (PED-ANOVA: Watanabe et al., 2023, arXiv:2304.10255); "slices", it against each
-            parameter.
+            of each trial by epoch; "importances", how much each parameter matters for it
+            (PED-ANOVA: Watanabe et al., 2023, arXiv:2304.10255); "slices", the validation accuracy
+            against each parameter.
 
     Raises:
         ValueError: another figure.

@@ -46,7 +46,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n: int) -> np.nd
 def calibration(
     log_p: np.ndarray, labels: np.ndarray, bins: int = 15
 ) -> tuple[pd.DataFrame, float]:
-    """How sure the network is, and how often rightly so; and the expected calibration error.
+    """Confidence and accuracy by bins of confidence, and the expected calibration error (ECE).
 
     ECE is the mean of |accuracy - confidence| over bins of equal width, weighted by their counts:
     Guo et al., "On Calibration of Modern Neural Networks", 2017 (arXiv:1706.04599).
@@ -90,20 +90,20 @@ def check_predictions(log_p: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------- of runs
 
-PRIOR = 10  # how many differences between seeds the count of images is worth, in `gains`
+PRIOR = 10  # degrees of freedom that the count of images is worth, in `gains`
 
 
 def gains(groups: pd.DataFrame, images: int) -> pd.DataFrame:
     """What each row but the first, the base, gains over the first, in points.
 
-    The spread over seeds is taken to be the same for all. A few seeds say little of it, and may
-    agree by chance: three of `tuned`'s to 0.08 points. But accuracy is counted on n images, and
-    networks that differ in their seed alone are right on different ones: with the accuracy p, by
-    p (1 - p) / 2n of variance, if about half of an image's being right or wrong is the seed's
-    doing (measured: 0.47 of it for `tuned`, 0.38 for `sprint`). This counts as much as PRIOR
-    differences between seeds do (a moderated t-test: Smyth, 2004, doi 10.2202/1544-6115.1027):
+    The variance over seeds is taken to be the same for all. A few seeds say little about it, and
+    may agree by chance, as three of `tuned` do (s = 0.08 points). But accuracy p is counted on N
+    images, and networks that differ in their seed alone are right on different ones. If the seed
+    causes about half of the variance of an image's being right or wrong (measured: 0.47 of it for
+    `tuned`, 0.38 for `sprint`), the variance of p is p (1 - p) / 2N. This prior counts as much as
+    PRIOR degrees of freedom (a moderated t-test: Smyth, 2004, doi 10.2202/1544-6115.1027):
 
-        s² = (PRIOR p (1 - p) / 2n + sum of (n_i - 1) s_i²) / (PRIOR + sum of (n_i - 1))
+        s² = (PRIOR p (1 - p) / 2N + sum of (n_i - 1) s_i²) / (PRIOR + sum of (n_i - 1))
 
     and the standard error is s root(1/n_i + 1/n_base).
 
@@ -114,8 +114,8 @@ def gains(groups: pd.DataFrame, images: int) -> pd.DataFrame:
     Returns:
         gain; gain_error, its standard error; gain_interval, half of the 95 % interval by Student's
         t, for this row alone; clear: a t-test finds a difference at 5 % for all such rows
-        together, with Holm's correction (1979, www.jstor.org/stable/4615733); never where one seed
-        is all that there is on either side. NaN and False of the base.
+        together, with Holm's correction (1979, www.jstor.org/stable/4615733); never where either
+        side has a single seed. The base has NaN and False.
     """
     n, accuracy = groups["n"], groups["val_acc"]
     p, others = accuracy.iloc[0] / 100, np.arange(len(groups)) > 0
@@ -127,9 +127,9 @@ def gains(groups: pd.DataFrame, images: int) -> pd.DataFrame:
     error = (spread * np.sqrt(1 / n + 1 / n.iloc[0])).where(others)
     interval = float(t.ppf(0.975, degrees)) * error
     several = others & (np.minimum(n, n.iloc[0]) > 1)
-    chance = pd.Series(2 * t.sf(gain.abs() / error, degrees), gain.index)[several].sort_values()
+    p_values = pd.Series(2 * t.sf(gain.abs() / error, degrees), gain.index)[several].sort_values()
     # The clearest row has to stand out among all, the next one among those that are left.
-    corrected = (chance * np.arange(len(chance), 0, -1)).cummax()
+    corrected = (p_values * np.arange(len(p_values), 0, -1)).cummax()
     clear = (corrected < 0.05).reindex(gain.index, fill_value=False)
     return pd.DataFrame(
         {"gain": gain, "gain_error": error, "gain_interval": interval, "clear": clear}

@@ -3,7 +3,7 @@
     print(markdown(runs_table(runs)))           # for a page
     styled(runs_table(runs))                    # in a notebook, as the last line of a cell
 
-A frame of numbers goes by the names of its columns:
+The names of a frame's columns decide how they are shown:
 
 - `x`, `x_std`, `x_min`, `x_max` are shown as one, mean ± standard deviation over the row's `n`;
   of two values both are shown, as they may agree by chance; one is shown alone;
@@ -130,7 +130,7 @@ def presented(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_std(row: Mapping[str, Any] | pd.Series, name: str, form: str = "{:.2f}") -> str:
-    """Mean ± sample standard deviation; of two values both, of one nothing else."""
+    """Mean ± sample standard deviation; for n = 2 the mean and both values, for n = 1 the mean."""
     mean, std, low, high = (row[f"{name}{suffix}"] for suffix in ("", *SUFFIXES))
     n = row.get("n", 3)
     if n > 2:

@@ -1,4 +1,4 @@
-"""Run directories, read; runs alike but for their seed, told."""
+"""Reading run directories, and telling which runs differ in their seed alone."""
 
 from __future__ import annotations
 
@@ -168,12 +168,12 @@ def load_runs(runs: Iterable[str | PathLike[str]]) -> list[Run]:
 
 
 def study_runs(study: Study, folder: str | PathLike[str]) -> list[Run]:
-    """What is compared of a study's runs in a folder: base, variations, the best of its search.
+    """The runs of a study that are compared: base, variations, the best trials of its search.
 
-    Of trials that were confirmed with other seeds, the seed that they were chosen by is left out:
-    it was the highest of many, partly by luck. In results/studies/ there are also the runs that
-    are published elsewhere: what another study or no study at all has trained already, the base
-    above all, needn't be trained again; it is called as this study calls it.
+    Of trials that were confirmed with other seeds, the run that they were chosen by is left out:
+    it was the highest of many, partly by luck. For a study in results/studies/, runs published
+    elsewhere are included: what another study or a run of results/ has trained, the base above
+    all, needn't be trained again. Such a run gets the name that this study has for its recipe.
 
     Raises:
         FileNotFoundError: no such folder.

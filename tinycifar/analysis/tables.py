@@ -43,7 +43,7 @@ def recipes_table(recipes: Iterable[Recipe], all_fields: bool = False) -> pd.Dat
     """Recipes side by side, a row for each field in which they differ.
 
     Args:
-        all_fields: for each that any of them uses, too.
+        all_fields: a row for every field that any of them uses.
 
     Returns:
         field, a column for each recipe (None where the field isn't used), differs.
@@ -294,8 +294,8 @@ def choice_table(runs: Run | Iterable[Run]) -> pd.DataFrame:
 
     A row for each recipe, data and protocol that selects. Accuracies are those on the images that
     select (by their loss): under `test-selected`, the test images, and then best_minus_last goes
-    into the result. What stopping and a schedule that watch the same images add to that doesn't
-    show here.
+    into the result. What is gained by stopping and by a schedule that watch the same images isn't
+    included.
 
     Returns:
         recipe, data, protocol, n, selects_on, best_epoch_min, best_epoch_max; each with its _std,
@@ -324,8 +324,8 @@ def choice_table(runs: Run | Iterable[Run]) -> pd.DataFrame:
 def drops_table(run: Run) -> pd.DataFrame:
     """The stretches of equal learning rate, and what each drop between them brought.
 
-    Its first epoch is compared with the last before it, which may happen to be a bad one, and its
-    highest accuracy with the highest before it.
+    A stretch's first epoch is compared with the last before it, which may happen to be a bad one,
+    and its highest accuracy with the highest before it.
 
     Returns:
         epochs_min, epochs_max (first and last epoch), lr, train_acc (in its last epoch),
@@ -366,10 +366,10 @@ def start_table(runs: Run | Iterable[Run], epochs: int = 5) -> pd.DataFrame:
 def fit_table(run: Run, data: Data) -> pd.DataFrame:
     """How well a run's network fits what it was trained on, beside what it hasn't seen.
 
-    Training images stand here twice: as they were trained on, augmented and while the weights
-    moved, and plain, through the selected weights. A network that is right less often on these
-    than on the test images, or hardly more often, underfits; it isn't short of regularisation.
-    The first is a mean over all of them; the other rests on as many as there are test images.
+    Training images have two rows: augmented, as they were trained on while the weights changed,
+    and plain, with the selected weights. A network whose accuracy on the plain ones is below that
+    on the test images, or hardly above it, underfits: it doesn't need more regularisation. The
+    first row is a mean over all of them; the second is of as many as there are test images.
 
     Returns:
         part (which images), n_images, accuracy, loss. No rows for an unfinished run.
@@ -423,10 +423,10 @@ def confusion_table(predictions: Predictions, top: int = 6) -> pd.DataFrame:
 
 
 def layer_table(model: nn.Module) -> pd.DataFrame:
-    """What each layer puts out and costs on one 32 x 32 image.
+    """The output and the costs of each layer, for one 32 x 32 image.
 
     Returns:
-        layer, stage (the first part of its name; of a long chain of blocks also the side), kind
+        layer, stage (the first part of its name; for `blocks`, also the side), kind
         (standard, depthwise, pointwise, BatchNorm or attention), channels, side (of its square
         output, or the one that it weights), activations (the values it puts out), parameters,
         multiply_adds, parameters_share, multiply_adds_share; shares in percent.
