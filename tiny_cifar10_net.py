@@ -117,9 +117,10 @@ def folded(model: nn.Module) -> Any:
     and a bias can do at no cost. The same outputs to rounding (1e-5).
 
     Args:
-        model: a network that torch.fx can trace. A BatchNorm is folded only if its input is the
-            output of a convolution that nothing else uses. A block that applies one several times,
-            each time with another BatchNorm, needs a method `unrolled`: see tinycifar.networks.
+        model: any network; one that torch.fx can't trace stays as it is. A BatchNorm is folded only
+            if its input is the output of a convolution that nothing else uses. A block that applies
+            one several times, each time with another BatchNorm, needs a method `unrolled`: see
+            tinycifar.networks.
 
     Raises:
         ValueError: the model is in training mode, where BatchNorm depends on the batch.
@@ -133,10 +134,15 @@ def folded(model: nn.Module) -> Any:
             model = unrolled()
         elif unrolled is not None:
             model.set_submodule(name, unrolled())
-    calls = [node for node in torch.fx.Tracer().trace(model).nodes if node.op == "call_module"]
+    try:
+        graph = torch.fx.Tracer().trace(model)
+    except Exception:  # whatever its forward raises when given no tensor
+        return model
+    calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(node.target for node in calls)
     for node in calls:
-        norm, before = model.get_submodule(str(node.target)), node.args[0]
+        norm = model.get_submodule(str(node.target))
+        before: Any = next(iter(node.all_input_nodes), None)
         if not isinstance(norm, nn.BatchNorm2d) or before not in calls or len(before.users) > 1:
             continue
         conv: Any = model.get_submodule(before.target)
@@ -157,12 +163,15 @@ class FusedNet(nn.Module):
         super().__init__()
         self.classes, self.mean, self.std = network.classes, network.mean, network.std
         self.function = torch.fx.GraphModule(network, _Flat().trace(network))
+        names: dict[str, str] = {}
         for node in self.function.graph.nodes:
             node.type = None  # annotations are strings here, which GraphModule can't pickle
             if node.op == "get_attr":  # from c1.0.0.weight, which is found module by module
                 where, _, name = node.target.rpartition(".")
                 tensor = getattr(self.function.get_submodule(where), name)
-                node.target = node.target.replace(".", "_")
+                # Numbered, as a_b and a.b are two tensors.
+                flat = f"{node.target.replace('.', '_')}_{len(names)}"
+                node.target = names.setdefault(node.target, flat)
                 if isinstance(tensor, nn.Parameter):
                     self.function.register_parameter(node.target, nn.Parameter(tensor))
                 else:

@@ -310,6 +310,10 @@ def test_unlike_runs_are_not_pooled(write_run):
     early = write_run("early", seed=9)
     later = replace(early, config=early.config | {"policies": noted})
     assert early.pool_key == later.pool_key
+    # Not alike: one that on_epoch ended, or on other data of the same name.
+    ended = replace(early, metrics=early.metrics | {"cut_short": True})
+    assert ended.pool_key != early.pool_key and "cut short" in ended.label
+    assert replace(early, config=early.config | {"data_sha256": "x"}).pool_key != early.pool_key
 
 
 def test_an_unfinished_run_is_shown_as_such(write_run):

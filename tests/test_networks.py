@@ -2,14 +2,17 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import SMALL
+from PIL import Image
 from torch import nn
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
+from tinycifar.__main__ import main
 from tinycifar.costs import layer_costs
 from tinycifar.data import channel_stats, split
 from tinycifar.evaluation import evaluate
@@ -23,8 +26,9 @@ from tinycifar.networks import (
 )
 from tinycifar.paths import CHECKOUT
 from tinycifar.recipes import get_recipe
+from tinycifar.run_directory import RunError
 from tinycifar.training import train
-from tinycifar.weights import load_pretrained
+from tinycifar.weights import load_pretrained, predict
 
 
 def test_a_layout_names_channels_strides_and_dilations():
@@ -177,6 +181,12 @@ class Fails(MyNet):
     def forward(self, x):
         return super().forward(x[:, :2])
 
+class Asks(MyNet):
+    def forward(self, x):
+        if x.shape[1] != 3:
+            raise ValueError("not images")
+        return super().forward(x)
+
 class Squeezes(MyNet):
     def __init__(self, num_classes):
         super().__init__(num_classes)
@@ -267,6 +277,26 @@ def test_parameters_of_ones_own_count_once_and_bfloat16_is_for_convolutions(mine
     assert metrics["macs"] == 16 * 16 * (432 + 2304) + 256 + 160
     with pytest.raises(ValueError, match=r"can't be trained in bfloat16 .*float32 takes all"):
         train(get_recipe(recipe, precision="bfloat16"), tmp_path / "t", dataset=tiny)
+
+
+def test_a_network_that_cant_be_traced_teaches_and_predicts(mine, tiny, tmp_path, capsys):
+    recipe = get_recipe(SMALL, epochs=1, network="my_net:Asks")
+    train(recipe, tmp_path / "t", dataset=tiny, progress=False)
+    taught = get_recipe(SMALL, epochs=1, teacher=str(tmp_path / "t"))
+    train(taught, tmp_path / "r", dataset=tiny, progress=False)
+    Image.fromarray(tiny.test_images[0]).save(tmp_path / "x.png")
+    main(["predict", str(tmp_path / "x.png"), "--run", str(tmp_path / "t")])
+    name, probability = predict(tmp_path / "x.png", load_pretrained(tmp_path / "t"), top=1)[0]
+    assert f"{probability:7.2%}  {name}" in capsys.readouterr().out
+
+
+def test_another_version_of_ones_own_network_is_another_run(mine, tiny, tmp_path):
+    recipe = get_recipe(SMALL, epochs=1, network="my_net:MyNet")
+    train(recipe, tmp_path / "r", dataset=tiny, progress=False)
+    file = Path(sys.modules["my_net"].__file__)
+    file.write_text(file.read_text() + "# changed\n")
+    with pytest.raises(RunError, match="a run that differs: network_sha256 is"):
+        train(recipe, tmp_path / "r", dataset=tiny, progress=False)
 
 
 def test_a_finished_run_outlives_its_class(mine, tiny, tmp_path):

@@ -347,7 +347,11 @@ def test_on_epoch_may_do_with_its_row_what_it_likes(tiny, tmp_path):
 def test_on_epoch_may_end_the_run_which_is_finished_then(tiny, tmp_path):
     stop = lambda row: row["epoch"] == 2  # noqa: E731
     metrics = train(SMALL, tmp_path / "r", dataset=tiny, progress=False, on_epoch=stop)
-    assert metrics["epochs_run"] == 2 and RunDirectory(tmp_path / "r").is_finished
+    assert (
+        metrics["epochs_run"] == 2
+        and metrics["cut_short"]
+        and RunDirectory(tmp_path / "r").is_finished
+    )
     assert train(SMALL, tmp_path / "r", dataset=tiny, progress=False) == metrics, "it is kept"
     losses = history(tmp_path / "r")["val_loss"].tolist()
     assert metrics["best_epoch"] in (1, 2) and metrics["val_loss"] in losses
@@ -357,6 +361,7 @@ def test_only_true_ends_a_run(tiny, tmp_path):
     answers = iter([None, 1, "stop"])
     train(SMALL, tmp_path / "r", dataset=tiny, progress=False, on_epoch=lambda row: next(answers))
     assert len(history(tmp_path / "r")) == 3
+    assert not RunDirectory(tmp_path / "r").metrics()["cut_short"]
 
 
 def test_a_true_of_numpys_ends_a_run_too(tiny, tmp_path):

@@ -272,6 +272,7 @@ def test_hyperband_keeps_an_interrupted_trial_in_its_bracket():
          "check that the server runs, host"),
         ("postgresql://u:{secret}@127.0.0.1:1/x", r"u:\*\*\*@127.0.0.1:1/x can't be used"),
         ("postgresql://u@127.0.0.1:1/x?password=secret", "u@127.0.0.1:1/x can't be used"),
+        ("postgresql://u@127.0.0.1:1/x?PASSWORD=secret", "u@127.0.0.1:1/x can't be used"),
         ("mysql://u:secret@127.0.0.1/x", "needs a driver that isn't installed: pip install"),
         ("postgres:secret", "STORAGE isn't a storage's URL: expected one as postgresql://"),
         ("nosql://u:secret@h/x", "isn't a storage's URL"),

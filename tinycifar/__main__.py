@@ -235,7 +235,10 @@ def _torch_network(run: str) -> Network:
     from tiny_cifar10_net import fuse
     from tinycifar import weights
 
-    return weights.TorchNetwork(fuse(weights.load_pretrained(run)))
+    model = weights.load_pretrained(run)
+    with suppress(Exception):  # a network of one's own that torch.fx can't trace
+        model = fuse(model)
+    return weights.TorchNetwork(model)
 
 
 @app.command(help="Write a network as ONNX, in float and int8, and measure both files.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +21,12 @@ def log_probabilities(
     images: Tensor | np.ndarray,
     stats: Stats,
     *,
-    tta: bool = False,
     batch_size: int = 100,
 ) -> Tensor:
     """Log-probabilities of uint8 `images` (N, 32, 32, 3): float32 (N, classes), on the CPU.
 
     Args:
         stats: the channel mean and std that the model was trained with.
-        tta: average the probabilities of the image and its mirror image.
         batch_size: images at once; no faster when larger on a CPU, and 2 MB each.
 
     Raises:
@@ -44,12 +41,11 @@ def log_probabilities(
             part = images[start : start + batch_size].to(device)
             batch = augment.normalised(part, stats.mean, stats.std)
             log_p = model(batch)
-            if tta:
-                log_p = torch.logaddexp(log_p, model(batch.flip(3))) - math.log(2)
             if all_log_p is None:
                 # One tensor for all: many small ones would stay between the large buffers, which
                 # then couldn't be used again, and cost 0.3 GB.
-                all_log_p = torch.empty(len(images), log_p.shape[1], device="cpu")
+                shape = len(images), log_p.shape[1]
+                all_log_p = torch.empty(shape, dtype=torch.float32, device="cpu")
             all_log_p[start : start + len(batch)] = log_p
     assert all_log_p is not None
     return all_log_p.clone()  # a plain tensor, not one of inference mode
@@ -79,12 +75,13 @@ def accuracy(log_p: Tensor, labels: Tensor) -> float:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model answers in eval mode, and is afterwards in the mode that it was in."""
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # some may be frozen
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 _CUDNN: Any = torch.backends.cudnn

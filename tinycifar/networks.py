@@ -13,10 +13,12 @@ ThriftyNet: Coiffier et al., 2020, arXiv:2007.10106).
 from __future__ import annotations
 
 import copy
-import importlib
+import hashlib
+import importlib.util
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -198,6 +200,16 @@ def read_layout(layout: str) -> list[Layer]:
         Layer(int(channels), int(kernel or 3), *(int(part or 1) for part in rest))
         for channels, kernel, *rest in parts
     ]
+
+
+def source_sha256(name: str) -> str | None:
+    """Checksum of the file that the class "module:Class" is from; None if there is no such file."""
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):
+        return None
+    file = Path(spec.origin) if spec and spec.origin else None
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None
 
 
 def own_network(num_classes: int, name: str) -> nn.Module:

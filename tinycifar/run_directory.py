@@ -35,6 +35,7 @@ import torch
 
 import augment
 from tinycifar.data import PROTOCOLS, Data
+from tinycifar.networks import source_sha256
 from tinycifar.paths import CHECKOUT, RESULTS, absolute
 from tinycifar.recipes import Recipe, in_full
 
@@ -554,7 +555,8 @@ def identity(
 ) -> dict[str, Any]:
     """What tells a run from any other: the fields of config.json that a resumed one must share.
 
-    Not the teacher's checksum once the teacher is gone: a finished run has no more need of it.
+    Not the checksum of a teacher, or of the file of a network of one's own, that is gone: a
+    finished run has no more need of it.
     """
     who = {
         "recipe": asdict(recipe),
@@ -568,6 +570,8 @@ def identity(
     }
     if teacher is not None or recipe.teacher is None:
         who["teacher_sha256"] = teacher and teacher.checksum()
+    if ":" in recipe.network and (source := source_sha256(recipe.network)):
+        who["network_sha256"] = source
     return who
 
 

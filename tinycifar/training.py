@@ -328,8 +328,10 @@ def test_figures(model: nn.Module, splits: DataSplits) -> dict[str, float]:
         Diverged: their loss isn't finite.
     """
     images, labels = splits.test
-    log_p = log_probabilities(model, images, splits.stats)
-    log_p_tta = log_probabilities(model, images, splits.stats, tta=True)
+    log_p, mirrored = (
+        log_probabilities(model, pixels, splits.stats) for pixels in (images, images.flip(2))
+    )
+    log_p_tta = torch.logaddexp(log_p, mirrored) - math.log(2)
     test_loss = F.nll_loss(log_p, labels).item()
     # Finite weights may still be too large for a network in eval mode.
     _require_finite(test_loss, "the test loss")
@@ -559,6 +561,7 @@ class Trainer:
             "params": sum(row.params for row in costs),
             "macs": sum(row.macs for row in costs),
             "epochs_run": len(self.history),
+            "cut_short": not self.stopped,  # by on_epoch
             "best_epoch": self.best_epoch,
             **{name: best[name] for name in ("train_acc", "val_acc", "val_loss")},
             **(test_figures(self.evaluated, splits) if test else untested),

@@ -220,10 +220,11 @@ def reachable(url: str) -> Iterator[None]:
 
 def _storage_trouble(url: str, error: BaseException) -> str:
     cause = error if isinstance(error, sqlalchemy.exc.SQLAlchemyError) else error.__cause__
-    reason = str(getattr(cause, "orig", cause)).strip().splitlines()[0]
+    reason = (str(getattr(cause, "orig", cause)).strip() or type(cause).__name__).splitlines()[0]
     with suppress(sqlalchemy.exc.ArgumentError, ValueError):
         parsed = sqlalchemy.make_url(url)
-        for secret in (parsed.password, *(v for k, v in parsed.query.items() if "pass" in k)):
+        hidden = (value for name, value in parsed.query.items() if "pass" in name.lower())
+        for secret in (parsed.password, *hidden):
             reason = reason.replace(str(secret), "***") if secret else reason
     start = f"the storage {shown_url(url)} can't be used ({reason})"
     if "disk" in reason and "full" in reason:

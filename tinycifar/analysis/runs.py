@@ -91,8 +91,9 @@ class Run:
     def label(self) -> str:
         """What tells it from other runs on its data, e.g. "quick · val · seed 0"."""
         label = f"{self.kind} · seed {self.config['seed']}"
-        if self.metrics is None:
-            label += f" · unfinished, {counted(self.epochs, 'epoch')}"
+        if self.metrics is None or self.cut_short:
+            how = "unfinished" if self.metrics is None else "cut short"
+            label += f" · {how}, {counted(self.epochs, 'epoch')}"
         return label
 
     @property
@@ -101,15 +102,20 @@ class Run:
         return f"{self.label} · {self.data_title}"
 
     @property
+    def cut_short(self) -> bool:
+        """Whether its caller ended it before its recipe did, by `on_epoch`."""
+        return bool(self.metrics and self.metrics.get("cut_short"))
+
+    @property
     def pool_key(self) -> str:
         """What runs share that differ in their seed alone, and so may be pooled.
 
         Whole recipes, not their names: a mean over two recipes would mean nothing. The teacher's
         weights and the policies as well: what a name stands for may change.
         """
-        teacher = self.config.get("teacher_sha256")
-        parts = [self.recipe, self._policies(), teacher, self.data_title, self.protocol]
-        return json.dumps(parts, sort_keys=True)
+        sums = [self.config.get(f"{of}_sha256") for of in ("teacher", "network", "data")]
+        data = [self.data_title, self.protocol]
+        return json.dumps([self.recipe, self._policies(), sums, data, self.cut_short])
 
     def _policies(self) -> dict[str, dict[str, Any]]:
         """What the names of its policies meant; an early run, which didn't note it, has today's."""
