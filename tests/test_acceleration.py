@@ -13,10 +13,9 @@ from torch.func import jacrev
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar.acceleration import (
     CompiledNetwork,
-    DilatedDepthwise,
+    FastDepthwise,
     MixedPrecision,
     NormReLU,
-    StridedDepthwise,
     accelerated,
     is_depthwise,
     peak_memory,
@@ -77,7 +76,7 @@ def test_a_dilated_layer_is_torchs_own(dilation, size):
     torch.manual_seed(0)
     conv = depthwise(6, dilation=dilation)
     x = torch.randn(2, 6, *size).to(memory_format=torch.channels_last).requires_grad_()
-    layer = DilatedDepthwise(conv)
+    layer = FastDepthwise(conv)
     assert layer.weight is conv.weight
     weights = torch.randn(2, 6, *size)
     expected = torch.autograd.grad((conv(x) * weights).sum(), (x, conv.weight))
@@ -92,7 +91,7 @@ def test_a_layer_in_bfloat16(size, stride):
     """Against float32 on the same rounded numbers."""
     torch.manual_seed(0)
     conv = depthwise(6, stride=stride).bfloat16()
-    layer = StridedDepthwise(conv) if stride > 1 else DilatedDepthwise(conv)
+    layer = FastDepthwise(conv)
     exact = copy.deepcopy(conv).float()
     x = torch.randn(2, 6, *size).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
     images = x.detach().float().requires_grad_()
@@ -113,7 +112,7 @@ def test_a_layer_in_bfloat16(size, stride):
 def test_layers_have_jacobians_by_torch_func(options):
     torch.manual_seed(0)
     conv = depthwise(2, **options).double()
-    layer = DilatedDepthwise(conv) if "dilation" in options else StridedDepthwise(conv)
+    layer = FastDepthwise(conv)
     x = torch.randn(1, 2, 5, 4, dtype=torch.double)
     torch.testing.assert_close(jacrev(layer)(x), jacrev(conv)(x))
 
@@ -197,18 +196,17 @@ def test_the_twin_has_the_very_same_parameters_and_buffers(name):
     twin = accelerated(model)
     assert list(map(id, twin.parameters())) == list(map(id, model.parameters()))
     assert list(map(id, twin.buffers())) == list(map(id, model.buffers()))
-    assert not kinds(model, (DilatedDepthwise, NormReLU)), "the network itself stays plain"
+    assert not kinds(model, (FastDepthwise, NormReLU)), "the network itself stays plain"
 
 
 def test_what_is_swapped_in_where():
     net = NetCIFAR10_Tiny()
     twin, without = accelerated(net), accelerated(net, norms=False)
     half = accelerated(net, torch.bfloat16)
-    assert [kinds(t, DilatedDepthwise) for t in (twin, without, half)] == [3, 3, 8]
-    assert [kinds(t, StridedDepthwise) for t in (twin, without, half)] == [0, 0, 1]
+    assert [kinds(t, FastDepthwise) for t in (twin, without, half)] == [3, 3, 9]
     assert [kinds(t, NormReLU) for t in (twin, without, half)] == [20, 0, 20]
     assert not kinds(twin, nn.ReLU) and kinds(without, nn.ReLU) == kinds(net, nn.ReLU)
-    assert not kinds(accelerated(NetCIFAR10_Tiny(dilated=False)), DilatedDepthwise)
+    assert not kinds(accelerated(NetCIFAR10_Tiny(dilated=False)), FastDepthwise)
     assert not kinds(accelerated(NETWORKS["silu"]()), NormReLU), "its activation isn't ReLU"
 
 
@@ -228,7 +226,7 @@ def test_bfloat16_between_layers_and_float32_elsewhere(norms, tiny):
     exact = copy.deepcopy(model).double()
     twin, seen = accelerated(model, torch.bfloat16, norms), []
     for module in twin.modules():
-        if isinstance(module, (nn.Conv2d, DilatedDepthwise, StridedDepthwise)):
+        if isinstance(module, (nn.Conv2d, FastDepthwise)):
             module.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     output, wanted = MixedPrecision(twin, torch.bfloat16)(images), exact(images.double())
     F.nll_loss(output, labels).backward()

@@ -170,98 +170,57 @@ def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:
     plain = conv.padding_mode == "zeros" and conv.in_channels == conv.out_channels
     if not (square and plain) or conv.kernel_size != (3, 3) or conv.bias is not None:
         return conv
-    if stride == 1 and (dilation > 1 or precision == torch.bfloat16):
-        return DilatedDepthwise(conv)
-    if stride > 1 and dilation == 1 and precision == torch.bfloat16:
-        return StridedDepthwise(conv)
-    return conv
+    needed = precision == torch.bfloat16 if dilation == 1 else stride == 1
+    return FastDepthwise(conv) if needed else conv
 
 
-class DilatedDepthwise(nn.Module):
-    """A depthwise 3x3 convolution, dilated or not, whose backward pass is fast on a CPU.
+class FastDepthwise(nn.Module):
+    """A depthwise 3x3 convolution, dilated or strided, whose backward pass is fast on a CPU.
 
-    oneDNN, which torch uses there, has no fast code for either gradient: measured, each takes five
-    to twenty times as long as the forward pass. But the input's gradient is a dilated depthwise
-    convolution too, with the filter rotated by 180 degrees, for which there is fast code; the
-    filter's gradient is that of an undilated convolution of the d² images made of every d-th pixel.
-    In bfloat16 the former is twice as fast as oneDNN's own code even without dilation.
+    oneDNN, which torch uses there, has no fast code for a dilated one's gradients (measured, each
+    takes five to twenty times as long as the forward pass), nor in bfloat16 for that of a strided
+    one's input (fifty times as long as in float32). But the input's gradient is a convolution of
+    the output's gradient too, with the filter rotated by 180 degrees, and zeros between the pixels
+    where there is a stride; the filter's gradient is that of an undilated convolution of the d²
+    images made of every d-th pixel. In bfloat16 the former is twice as fast as oneDNN's own code
+    even with neither.
     """
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.weight, self.dilation = conv.weight, conv.dilation[0]
+        self.weight, self.stride, self.dilation = conv.weight, conv.stride[0], conv.dilation[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Dilated.apply(x, self.weight, self.dilation)
+        return _Depthwise.apply(x, self.weight, self.stride, self.dilation)
 
 
-class _Dilated(torch.autograd.Function):
+class _Depthwise(torch.autograd.Function):
     generate_vmap_rule = True  # for torch.func, e.g. gradients image by image
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-        return _depthwise(x, weight, dilation)
+    def forward(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+        return F.conv2d(x, weight, None, stride, dilation, dilation, x.shape[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, ctx.dilation = inputs
+        x, weight, ctx.stride, ctx.dilation = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (x, weight), d = ctx.saved_tensors, ctx.dilation
+        (x, weight), s, d = ctx.saved_tensors, ctx.stride, ctx.dilation
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _depthwise(grad, weight.flip(2, 3), d)
+            spread = grad
+            if s > 1:  # not in place, for torch.func's sake
+                rows = torch.zeros_like(x[:, :, ::s]).slice_scatter(grad, 3, step=s)
+                spread = torch.zeros_like(x).slice_scatter(rows, 2, step=s)
+            grad_x = F.conv2d(spread, weight.flip(2, 3), None, 1, d, d, x.shape[1])
         if ctx.needs_input_grad[1]:
             grad_weight = conv2d_weight(
-                _every(d, x), weight.shape, _every(d, grad), padding=1, groups=x.shape[1]
+                _every(d, x), weight.shape, _every(d, grad), s, padding=1, groups=x.shape[1]
             )
-        return grad_x, grad_weight, None
-
-
-class StridedDepthwise(nn.Module):
-    """A strided depthwise 3x3 convolution whose backward pass is fast on a CPU in bfloat16.
-
-    oneDNN has no fast code for the input's gradient there: measured, it takes fifty times as long
-    as in float32. But it is also a convolution of the output's gradient, with zeros inserted
-    between its pixels, with the filter rotated by 180 degrees, at stride 1.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        self.weight, self.stride = conv.weight, conv.stride[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Strided.apply(x, self.weight, self.stride)
-
-
-class _Strided(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        return F.conv2d(x, weight, stride=stride, padding=1, groups=x.shape[1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, ctx.stride = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (x, weight), s = ctx.saved_tensors, ctx.stride
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            # Not in place, for torch.func's sake.
-            rows = torch.zeros_like(x[:, :, ::s]).slice_scatter(grad, 3, step=s)
-            spread = torch.zeros_like(x).slice_scatter(rows, 2, step=s)
-            grad_x = _depthwise(spread, weight.flip(2, 3), 1)
-        if ctx.needs_input_grad[1]:
-            grad_weight = conv2d_weight(
-                x, weight.shape, grad, stride=s, padding=1, groups=x.shape[1]
-            )
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 def _every(d: int, x: Tensor) -> Tensor:
@@ -272,10 +231,6 @@ def _every(d: int, x: Tensor) -> Tensor:
     rows, columns = x.shape[2] // d, x.shape[3] // d
     x = x.view(n, c, rows, d, columns, d).permute(0, 3, 5, 2, 4, 1)
     return x.reshape(n * d * d, rows, columns, c).permute(0, 3, 1, 2)
-
-
-def _depthwise(x: Tensor, weight: Tensor, d: int) -> Tensor:
-    return F.conv2d(x, weight, padding=d, dilation=d, groups=x.shape[1])
 
 
 class NormReLU(nn.Module):
@@ -369,7 +324,7 @@ class MixedPrecision(nn.Module):
         tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.model, self.precision = copy.deepcopy(model, memo=tensors), precision
         self.model.gap = nn.Sequential(_Float32(), model.get_submodule("gap"))
-        convs = (nn.Conv2d, DilatedDepthwise, StridedDepthwise)
+        convs = (nn.Conv2d, FastDepthwise)
         self.rounded = [
             f"{layer}.{name}"
             for layer, module in model.named_modules()
