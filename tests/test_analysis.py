@@ -21,13 +21,13 @@ from torch import nn
 
 import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny
-from tinycifar import analysis, publish
+from tinycifar import analysis
 from tinycifar import data as datasets
 from tinycifar.analysis.measures import augmented, gains
 from tinycifar.analysis.runs import plateau_rates
 from tinycifar.evaluation import evaluate
 from tinycifar.networks import BlueprintNet
-from tinycifar.paths import CHECKOUT, RESULTS
+from tinycifar.paths import RESULTS
 from tinycifar.recipes import RECIPES, Recipe, get_recipe
 from tinycifar.run_directory import HISTORY_COLUMNS, RunError
 from tinycifar.studies import load_study
@@ -404,14 +404,6 @@ def test_the_study_figure_shows_each_variation(a_study):
     assert next(line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1) == 6
     assert "CIFAR-10" in texts(figure) and "no variation" not in texts(figure)
     assert "no variation is finished yet" in texts(analysis.plot_study(a_study[:2]))
-
-
-@pytest.mark.parametrize("name", sorted(publish.compared_studies()))
-def test_the_folder_of_a_published_study_is_enough(name):
-    """What `make study RUN=results/studies/<name>` shows."""
-    study = load_study(CHECKOUT / "studies" / f"{name}.yaml")
-    runs = analysis.study_runs(study, RESULTS / "studies" / name)
-    assert analysis.study_table(runs)["variation"][0] == "base"
 
 
 def test_a_published_study_has_its_runs_wherever_they_are():

@@ -325,15 +325,6 @@ def test_a_run_whose_folder_is_renamed_says_so_and_goes_on_under_its_new_name(
     assert_same_outcome(whole, tmp_path / "new")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"model_type": "bert"}'])
-def test_a_config_of_something_else_is_named(tiny, tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    says = r"config\.json (is not JSON|was not written by train).*put a whole copy of it back"
-    with pytest.raises(RunError, match=says):
-        train(SMALL, tmp_path, dataset=tiny, progress=False)
-    assert (tmp_path / "config.json").read_text() == content
-
-
 def test_a_finished_run_is_kept_unless_forced(tiny, whole, tmp_path, capsys):
     before = contents(whole)
     metrics = train(FOUR, whole, dataset=tiny)
@@ -398,14 +389,6 @@ def test_a_run_that_was_half_removed_is_no_others_to_go_on_with(
         train(other, tmp_path / "run", dataset=tiny, progress=False)
 
 
-def test_an_unfinished_run_of_another_kind_is_shown_and_left_alone(tiny, interrupted):
-    before = contents(interrupted)
-    other = get_recipe(FOUR, lr=0.01, name="four")
-    with pytest.raises(RunError, match=r"recipe\.lr is 0\.05 there and 0\.01 now; seed is 0 there"):
-        train(other, interrupted, seed=1, dataset=tiny, progress=False)
-    assert contents(interrupted) == before
-
-
 def test_a_policy_of_the_same_name_that_changed_is_another_run(tiny, whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "run")
     stronger = replace(POLICIES["reference"], rotate=20.0, fill=(1, 2, 3))
@@ -421,11 +404,3 @@ def test_a_policy_of_the_same_name_that_changed_is_another_run(tiny, whole, tmp_
         del older[field]
         (tmp_path / "run" / f"{name}.json").write_text(json.dumps(older))
     assert train(FOUR, tmp_path / "run", dataset=tiny, progress=False) == older  # taken on trust
-
-
-def test_a_folder_that_cant_be_written_is_named(tiny, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunError, match="is a file, not a run directory"):
-        train(SMALL, tmp_path / "file", dataset=tiny, progress=False)
-    with pytest.raises(OSError, match="can't make the run directory"):
-        train(SMALL, tmp_path / "file" / "below", dataset=tiny, progress=False)

@@ -295,21 +295,9 @@ def test_published_runs_agree_on_the_data():
     for file in RESULTS.rglob("config.json"):
         run = RunDirectory(file.parent)
         config = run.config()
-        if run.is_finished:  # a trial that was pruned isn't
-            assert len(run.history()) == run.metrics()["epochs_run"]
         told = {name: config[name] for name in ("split", "mean", "std", "classes")}
         assert found.setdefault((config["data_sha256"], config["protocol"]), told) == told, file
     assert len(found) == 3
-
-
-@pytest.mark.parametrize("folder", [RESULTS / "quick", RESULTS / "baseline-test-selected"])
-def test_published_runs_read_and_verify(folder):
-    run = RunDirectory(folder)
-    metrics, history = run.metrics(), run.history()
-    assert len(history) == metrics["epochs_run"]
-    assert run.config()["protocol"] == metrics["protocol"]
-    assert run.checksum() == metrics["weights_sha256"]
-    run.verify_weights()
 
 
 def test_weights_are_verified_by_the_checksum_of_a_finished_run(run):

@@ -96,11 +96,6 @@ def test_loading_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_unknown_run_is_named():
-    with pytest.raises(FileNotFoundError, match="no run at 'nowhere'"):
-        load_pretrained("nowhere")
-
-
 @pytest.mark.parametrize(
     "changes", [{"model": {"depth": 3}}, {"model": {"layout": 5}}, {"mean": None}, {"model": 3}]
 )
