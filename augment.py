@@ -73,7 +73,8 @@ class Policy:
         border: what lies beyond the image, for crops and warps alike: "reflect_101" mirrors it
             without repeating the edge pixel (OpenCV's name), "constant" is black.
         hole: side in pixels of one square hole, wholly inside the image, every position being
-            equally likely (Cutout: DeVries and Taylor 2017, arXiv:1708.04552).
+            equally likely (after Cutout: DeVries and Taylor 2017, arXiv:1708.04552, whose hole may
+            cross the border).
         hole_p: probability of the hole.
         fill: what the hole is filled with: "mean", the data's channel mean rounded to whole grey
             levels, or three grey levels of 0..255.

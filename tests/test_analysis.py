@@ -484,7 +484,7 @@ def test_what_each_drop_of_the_learning_rate_brings(write_run):
 
 
 def test_the_published_run_is_as_its_notebook_tells():
-    run = analysis.published_run()
+    run = analysis.reference_run()
     assert run.epochs == 50 and list(run.history) == list(HISTORY_COLUMNS)
     assert run.history["train_loss"].isna().all()
     assert (run.metrics["best_epoch"], run.metrics["test_acc"]) == (50, 87.31)
@@ -498,8 +498,8 @@ def test_the_published_run_is_as_its_notebook_tells():
 
 
 def test_the_published_code_lacks_most_of_what_the_published_run_started_with():
-    code = analysis.published_code_run().history["train_acc"]
-    lead = analysis.published_run().history["train_acc"][1:5] - code[1:]
+    code = analysis.reference_code_run().history["train_acc"]
+    lead = analysis.reference_run().history["train_acc"][1:5] - code[1:]
     assert len(code) == 5 and lead.mean().round(1) == 1.4
     for run in ("baseline-test-selected", "baseline-test-selected-seed1", "baseline-val"):
         ours = analysis.load_run(run).history["train_acc"]
@@ -515,7 +515,7 @@ def test_the_rates_of_our_plateau_runs_follow_from_their_losses():
 def test_the_start_of_runs_is_their_training_accuracy_epoch_by_epoch(write_run):
     short = with_history(write_run(epochs=2), train_acc=[30, 45.678])
     none = write_run("none", epochs=0, finished=False)
-    runs = [analysis.published_run(), short, none]
+    runs = [analysis.reference_run(), short, none]
     table = analysis.start_table(runs, epochs=3)
     assert list(table) == ["run", "epoch_1", "epoch_2", "epoch_3"]
     assert table.iloc[0, 1:].tolist() == [35.03, 51.66, 59.35]  # as its notebook prints them

@@ -425,6 +425,19 @@ def test_a_teacher_computes_in_the_precision_of_the_recipe(tiny, tmp_path):
             assert error < tolerance and (error > 1e-4) == (precision == "bfloat16")
 
 
+@pytest.mark.parametrize(("whole", "side"), [(False, 16), (True, 32)])
+def test_a_teacher_sees_the_students_images_or_whole_ones(tiny, tmp_path, whole, side):
+    train(ONE_EPOCH, tmp_path / "t", dataset=tiny, progress=False)
+    taught = get_recipe(
+        ONE_EPOCH, teacher=str(tmp_path / "t"), teacher_whole=whole, start_side=16, grow=1.0
+    )
+    trainer, seen = Trainer(settle(taught, dataset=tiny)), []
+    teacher = trainer.teacher
+    trainer.teacher = lambda images: seen.append(images.shape[2:]) or teacher(images)
+    trainer.train_epoch()
+    assert set(seen) == {(side, side)}
+
+
 def test_a_run_goes_on_with_the_teacher_it_had(tiny, tmp_path):
     taught = get_recipe(ONE_EPOCH, teacher=str(tmp_path / "t"), name="taught")
     train(ONE_EPOCH, tmp_path / "t", dataset=tiny, progress=False)

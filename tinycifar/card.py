@@ -44,7 +44,7 @@ def measure(data: Data) -> dict[str, Any]:
     log_p = _log_probabilities(network, data.test_images)
     labels, predicted = data.test_labels, log_p.argmax(axis=1)
     confidence = np.exp(log_p.max(axis=1))
-    bins, ece = analysis.calibration(log_p, labels, bins=10)
+    bins, ece = analysis.calibration(log_p, labels)
     threshold = float(np.quantile(confidence, 1 - KEPT))
     right = predicted == labels
     kinds = {"test images, classified rightly": log_p[right], "... wrongly": log_p[~right]}

@@ -76,7 +76,8 @@ class BlueprintBlock(nn.Module):
         layer: c_out, and the kernel, stride and dilation of the depthwise convolution; uses: how
             often the two convolutions are applied, for which shapes must stay the same.
         skip: add the input to the output; where they differ in size it is average-pooled, and
-            channels of zeros are added (He et al.'s option A). c_out must be at least c_in.
+            channels of zeros are added (He et al.'s option A subsamples instead). c_out must be at
+            least c_in.
         attention: whether channels are weighted, once a use.
     """
 

@@ -94,8 +94,9 @@ def dirac(model: nn.Module) -> None:
     """Dirac initialisation: add the identity to each depthwise filter, so that it passes its input.
 
     A chain of random filters blurs and mixes up its input, and NetCIFAR10_Tiny has no skip
-    connections around them. After Keller Jordan's airbench (arXiv:2404.00498), which does so with
-    standard convolutions; see also Xiao et al. (2018, arXiv:1806.05393).
+    connections around them. After Keller Jordan's airbench (arXiv:2404.00498), where the identity
+    replaces the first filters of standard convolutions; see also Xiao et al. (2018,
+    arXiv:1806.05393).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and is_depthwise(module):

@@ -55,7 +55,8 @@ BRINGS = {
     "plateau, whole images from the start, batch 128, batch 128 in bfloat16, "
     "decay of all parameters",
     "architecture": "default initialisation",
-    "ingredients": "AdamW alone, alternating flips, float32",
+    "ingredients": "AdamW alone, alternating flips, only flips, crops half as far, "
+    "average of weights, float32",
     "sprint": "batch 128, batch 128 in bfloat16",
     "tuned": "sgd beside muon",
 }
@@ -258,11 +259,11 @@ def _costs(runs: list[Run]) -> pd.DataFrame:
 
 def _baselines(runs: list[Run]) -> list[Run]:
     """The reference's own run, and ours of its recipe."""
-    return [analysis.published_run(), *(r for r in runs if r.recipe["name"] == "baseline")]
+    return [analysis.reference_run(), *(r for r in runs if r.recipe["name"] == "baseline")]
 
 
 def _starts(runs: list[Run]) -> list[Run]:
-    return [*_baselines(runs), analysis.published_code_run()]
+    return [*_baselines(runs), analysis.reference_code_run()]
 
 
 def _run_line(run: Run) -> str:

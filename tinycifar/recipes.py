@@ -55,6 +55,7 @@ class Recipe:
     teacher: str | None = None  # a run to learn from, for load_pretrained; None: labels alone
     teaching: float = 0.5  # the teacher's share of the loss, beside the labels'
     temperature: float = 4.0  # softens what both say before the two are compared
+    teacher_whole: bool = False  # it sees whole images, also where the student's are shrunk
     int8: bool = False  # go on from the teacher's weights, with simulated int8 arithmetic; where
     # convolutions are used twice, each use goes on with weights of its own
 

@@ -381,7 +381,8 @@ class Trainer:
         self.teacher: CompiledNetwork | None = None
         if teacher is not None:
             teacher = folded(teacher).to(device, memory_format=torch.channels_last)
-            self.teacher = CompiledNetwork(teacher, recipe.batch_size, sides, precision)
+            seen = {SIDE} if sides and recipe.teacher_whole else sides
+            self.teacher = CompiledNetwork(teacher, recipe.batch_size, seen, precision)
         self.loader = make_loader(recipe, experiment.seed, splits, device, experiment.workers)
         self.optimizers = optim.optimizers(recipe, self.model)
         self.schedules = [
@@ -467,7 +468,7 @@ class Trainer:
         ask_every = 1 if device.type == "cpu" else 50
         with _bar(total=len(self.loader), unit="batch", on=self.progress, leave=False) as bar:
             for step, (images, labels) in enumerate(self.loader.epoch(epoch), start=1):
-                loss, output = self.step(resized(images, side), labels)
+                loss, output = self.step(resized(images, side), labels, images)
                 loss_sum += loss * len(labels)
                 correct += (output.argmax(dim=1) == labels).sum()
                 if step % ask_every == 0 or step == len(self.loader):
@@ -492,16 +493,22 @@ class Trainer:
             if not _all_finite(values):
                 raise Diverged(f"not all {what} are finite after epoch {epoch}")
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self, images: Tensor, labels: Tensor, whole: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One step on a batch: images float32 (N, 3, H, W), labels int64 (N,).
+
+        Args:
+            whole: the images before they were shrunk, for a teacher that sees them so.
 
         Returns:
             the loss, a scalar, and the log-probabilities (N, classes), both detached.
         """
         output, teacher_log_p = self.network(images), None
         if self.teacher is not None:
+            shown = whole if self.experiment.recipe.teacher_whole and whole is not None else images
             with torch.no_grad():
-                teacher_log_p = self.teacher(images)
+                teacher_log_p = self.teacher(shown)
         loss = optim.loss(self.experiment.recipe, output, labels, teacher_log_p)
         self.model.zero_grad(set_to_none=True)
         loss.backward()

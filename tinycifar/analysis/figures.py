@@ -348,7 +348,7 @@ def plot_mistakes(predictions: Predictions, n: int = 16) -> Figure:
 
 
 @_styled
-def plot_reliability(predictions: Predictions, bins: int = 15) -> Figure:
+def plot_reliability(predictions: Predictions, bins: int = 10) -> Figure:
     """Reliability diagram: accuracy by confidence, how many predictions lie there, and the ECE.
 
     For the bins and the source see `calibration`.
@@ -530,7 +530,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     axes.margins(x=0.12, y=0.08)
     names = {"parameters": "trainable parameters", "multiply_adds": "multiply-adds per image"}
     axes.set(xlabel=names[cost], ylabel="test accuracy, %", title="Small networks on CIFAR-10")
-    notes = "Grey, and the ring: as their authors report it, see results/published.csv."
+    notes = "Grey, and the ring: accuracies that their authors report, see results/published.csv."
     if left_out := len(runs) - len(comparable):
         why = "without a test accuracy, or not on the whole of CIFAR-10"
         notes += f" Left out: {counted(left_out, 'run')}, {why}."

@@ -44,7 +44,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n: int) -> np.nd
 
 
 def calibration(
-    log_p: np.ndarray, labels: np.ndarray, bins: int = 15
+    log_p: np.ndarray, labels: np.ndarray, bins: int = 10
 ) -> tuple[pd.DataFrame, float]:
     """Confidence and accuracy by bins of confidence, and the expected calibration error (ECE).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,6 @@ import pandas as pd
 import torch
 
 import augment
-from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar import data as datasets
 from tinycifar import optim, trials
 from tinycifar.analysis.measures import check_predictions
@@ -31,7 +31,7 @@ from tinycifar.weights import load_pretrained
 
 __all__ = [
     "Predictions", "Run", "find_runs", "load_run", "load_runs", "load_search", "predictions",
-    "published_code_run", "published_networks", "published_run", "published_study", "study_runs",
+    "published_networks", "published_study", "reference_code_run", "reference_run", "study_runs",
 ]  # fmt: skip
 
 
@@ -118,12 +118,10 @@ class Run:
         return json.dumps([self.recipe, self._policies(), sums, data, self.cut_short])
 
     def _policies(self) -> dict[str, dict[str, Any]]:
-        """What the names of its policies meant; an early run, which didn't note it, has today's."""
-        noted = self.config.get("policies")
-        if noted is None:
-            names = {self.recipe["policy"], *(["light"] if self.recipe.get("calm") else [])}
-            noted = {n: asdict(augment.POLICIES[n]) for n in names & augment.POLICIES.keys()}
-        return {name: asdict(augment.Policy()) | policy for name, policy in noted.items()}
+        """What the name of its policy meant; an early run, which didn't note it, has today's."""
+        name = self.recipe["policy"]
+        today = {n: asdict(policy) for n, policy in augment.POLICIES.items() if n == name}
+        return self.config.get("policies", today)
 
     def splits(self, data: Data) -> DataSplits:
         """`data` as the run saw it.
@@ -198,8 +196,13 @@ def study_runs(study: Study, folder: str | PathLike[str]) -> list[Run]:
     if not published:
         return runs
     others = sorted(f for f in folder.parent.iterdir() if f.is_dir() and f != folder)
-    elsewhere = (_as_called(study, run) for run in chain(*map(find_runs, [RESULTS, *others])))
+    elsewhere = (_as_called(study, run) for run in chain(*map(_published_in, [RESULTS, *others])))
     return [*filter(None, elsewhere), *(_as_called(study, run) or run for run in runs)]
+
+
+@functools.cache  # each study asks for those of all others
+def _published_in(folder: Path) -> list[Run]:
+    return find_runs(folder)
 
 
 def _as_called(study: Study, run: Run) -> Run | None:
@@ -276,7 +279,7 @@ def counted(n: int, noun: str) -> str:
 # --------------------------------------------------------------------------- published elsewhere
 
 
-def published_run() -> Run:
+def reference_run() -> Run:
     """The reference's own run, as far as its notebook tells of it (results/published-log.csv).
 
     github.com/saneshashank/tuning_CNN_for_CIFAR10 (MIT), commit 898d388, tuning_CNN_CIFAR10.ipynb,
@@ -288,7 +291,7 @@ def published_run() -> Run:
     return _run_of_log("published-log.csv", "the reference, as published", "unknown")
 
 
-def published_code_run() -> Run:
+def reference_code_run() -> Run:
     """The same notebook's code, run by us for its first epochs (results/published-code-log.csv).
 
     With the albumentations 1.4.7 that it installs, torch 2.12.1, on one CPU core.
@@ -307,7 +310,7 @@ def _run_of_log(file: str, title: str, seed: int | str) -> Run:
     config["recipe"] = asdict(recipe) | {"name": title}
     best = log.iloc[int(log["val_loss"].argmin())]
     metrics = {
-        "params": sum(p.numel() for p in NetCIFAR10_Tiny().parameters()),
+        "params": int(published_networks()["parameters"].iloc[0]),
         "epochs_run": len(log),
         "best_epoch": int(best["epoch"]),
         "test_acc": best["val_acc"],

@@ -19,7 +19,7 @@ from torch import nn
 import augment
 from tiny_cifar10_net import SeparableConv
 from tinycifar.analysis.measures import confusion_matrix, gains, normalised_moments
-from tinycifar.analysis.runs import Predictions, Run, as_list, counted, published_run
+from tinycifar.analysis.runs import Predictions, Run, as_list, counted, reference_run
 from tinycifar.checks import check_whole
 from tinycifar.costs import layer_costs, receptive_field
 from tinycifar.data import Data, channel_stats, title
@@ -188,7 +188,7 @@ def runs_table(
         epochs_planned; each with its _std, _min and _max: val_acc, test_acc, test_acc_tta,
         test_loss; with `times` minutes_min, minutes_max.
     """
-    each, repeats = _pooled([published_run()] * reference + as_list(runs))
+    each, repeats = _pooled([reference_run()] * reference + as_list(runs))
     table = each.groupby("pool", sort=False).agg(
         **_first("recipe", "data", "protocol"),
         n=("finished", "sum"),
