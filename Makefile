@@ -32,7 +32,7 @@ help: ## this list
 	@echo
 	@echo "  Settings, e.g. make run-notebook RECIPE=baseline SEED=1 DATASET=cifar10"
 	@echo "    NB        which notebooks: stats training analysis      (all three)"
-	@echo "    RECIPE    quick, tuned, sprint, baseline or int8         (quick)"
+	@echo "    RECIPE    quick, tuned, taught, sprint, baseline or int8 (quick)"
 	@echo "    PROTOCOL  val, full or test-selected                    (val)"
 	@echo "    DATASET   auto, cifar10 or shapes, the stand-in         (auto)"
 	@echo "    SEED      from 0 to 2**32 - 1                           (0)"
@@ -85,7 +85,7 @@ predict: env ## classify an image: make predict IMAGE=cat.jpg
 	$(call refuse,RECIPE SEED PROTOCOL PARAMS FORCE,IMAGE and RUN or ONNX; CSV)
 	@$(TINYCIFAR) predict
 
-export: env ## write a run's network as ONNX, in float and int8, and measure both (RUN=tuned TO=runs/export)
+export: env ## write a run's network as ONNX, in float and int8, and measure both (RUN=taught TO=runs/export)
 	$(call refuse,RECIPE SEED PROTOCOL PARAMS FORCE DATASET FOLDER,RUN and TO)
 	@$(TINYCIFAR) export
 

@@ -21,7 +21,7 @@ def net_cifar10_tiny(
 
     Args:
         pretrained: True gives `load_pretrained(run)`: eval mode, with classes, mean and std.
-        run: as for `load_pretrained`; None: its default, `tuned`.
+        run: as for `load_pretrained`; None: its default, `taught`.
         options: of a new network, see `NetCIFAR10_Tiny`.
 
     Raises:

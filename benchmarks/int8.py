@@ -23,8 +23,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Evaluate `tuned` with simulated int8 in several ways, and the run of the recipe `int8`."""
-    network, splits = load_pretrained("tuned"), DataSplits(load("cifar10"), "val")
+    """Evaluate the default weights with simulated int8 in several ways, and the recipe `int8`."""
+    network, splits = load_pretrained(), DataSplits(load("cifar10"), "val")
     images = splits.train[0][splits.train_index[:CALIBRATION]]
     batches = augment.normalised(images, network.mean, network.std).split(64)
     convs = {n: m for n, m in folded(network).named_modules() if isinstance(m, nn.Conv2d)}

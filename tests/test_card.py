@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tinycifar import analysis, card
+from tinycifar.paths import DEFAULT
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def measured(tiny):
 
 
 def test_the_published_figures_are_of_the_default_weights(published):
-    run = analysis.load_run(card.RUN)
+    run = analysis.load_run(DEFAULT)
     assert published["run"] == run.name
     confusion = np.array(published["confusion"])
     assert confusion.sum() == 10_000 and (confusion.sum(axis=1) == 1000).all()

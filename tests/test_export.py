@@ -18,8 +18,8 @@ from tinycifar.checks import DataUnavailable
 from tinycifar.data import Stats
 from tinycifar.evaluation import log_probabilities
 from tinycifar.export import FILES, answers, export, int8_network, onnx_model, ort_session
-from tinycifar.paths import RESULTS
-from tinycifar.run_directory import RunError
+from tinycifar.paths import DEFAULT, RESULTS
+from tinycifar.run_directory import PRETRAINED, RunError
 from tinycifar.weights import load_pretrained
 
 NET, INT8, TABLE = FILES
@@ -209,4 +209,4 @@ def test_the_published_files_are_small_and_as_accurate_as_they_say():
         known = metadata(RESULTS / "export" / row["file"])
         assert json.loads(known["accuracy"])["percent"] == row["percent"]
         assert known["run"] == row["run"]
-    assert exact["run"] == "tuned-seed0" and exact["percent"] - int8["percent"] <= 0.3
+    assert exact["run"] == PRETRAINED[DEFAULT] and exact["percent"] - int8["percent"] <= 0.3

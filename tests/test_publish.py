@@ -53,10 +53,10 @@ def test_a_number_says_how_many_seeds_it_has():
     assert named[2] == {"a.test": "90.00 ± 0.50 % (n = 3)"}
 
 
-def test_the_first_table_is_three_recipes_beside_the_reference(now):
+def test_the_first_table_is_four_recipes_beside_the_reference(now):
     page = now["summary"]
     rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")][2:]
-    assert rows == ["tuned", "sprint", "baseline", "the reference, as published"]
+    assert rows == ["taught", "tuned", "sprint", "baseline", "the reference, as published"]
     assert "n = 1" not in page.split("| the reference")[0]
 
 

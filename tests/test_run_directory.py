@@ -131,7 +131,7 @@ def test_an_unknown_name_lists_what_there_is(name):
     text = str(error.value)
     assert text.startswith(f"no run at {name!r}: expected the path of a run directory")
     there = text.rpartition("published one: ")[2].split(", ")
-    assert there[:4] == ["tuned", "sprint", "quick", "baseline"]
+    assert there[:4] == ["taught", "tuned", "sprint", "quick"]
     assert "baseline-test-selected" in there and len(set(there)) == len(there)
     assert {find_run(known).parent for known in there} == {RESULTS}
 

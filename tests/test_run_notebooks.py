@@ -263,7 +263,7 @@ def test_a_run_of_these_settings_is_resumed(executed, a_run):
 
 
 def test_analysis_needs_a_run_and_takes_what_everything_takes(executed, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no run at .*typo.*or a published one: tuned"):
+    with pytest.raises(FileNotFoundError, match=r"no run at .*typo.*or a published one: taught"):
         run_notebooks(["analysis"], tmp_path / "typo")
     with pytest.raises(FileNotFoundError, match=r"no run in .*runs/quick-val-seed987: train it"):
         run_notebooks(["analysis"], None, {"seed": 987})

@@ -83,7 +83,7 @@ def test_an_int8_run_is_fused_too():
 
 def test_a_presets_name_loads_its_published_weights():
     published = torch.load(RESULTS / "tuned-seed0" / "best.pt", weights_only=True)
-    for loaded in (load_pretrained(), load_pretrained("tuned"), load_pretrained("tuned-seed0")):
+    for loaded in map(load_pretrained, ("tuned", "tuned-seed0")):
         assert all(torch.equal(v, published[k]) for k, v in loaded.state_dict().items())
     config = json.loads((RESULTS / "tuned-seed0" / "config.json").read_text())
     assert (list(loaded.classes), list(loaded.mean)) == (config["classes"], config["mean"])

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinycifar.checks import check_whole, explained
+from tinycifar.paths import DEFAULT
 
 if TYPE_CHECKING:
     from tinycifar.inference import Network
@@ -51,7 +52,7 @@ def literal(text: Any) -> Any:
     return text
 
 
-RecipeName = Annotated[str, _option("RECIPE", "quick, tuned, sprint, baseline or int8")]
+RecipeName = Annotated[str, _option("RECIPE", "quick, tuned, taught, sprint, baseline or int8")]
 Protocol = Annotated[str, _option("PROTOCOL", "val, full or test-selected")]
 Dataset = Annotated[str, _option("DATASET", "auto, cifar10 or shapes, the stand-in")]
 Limit = Annotated[int | None, _option("LIMIT", "number of training images to use  [all]")]
@@ -197,7 +198,7 @@ def worker() -> None:
 @app.command(help="Classify an image with trained weights; or many, into a table.")
 def predict(
     images: Annotated[list[str] | None, typer.Argument(help="images of any size, folders")] = None,
-    run: Annotated[str, _option("RUN", "a preset, published run or run directory  [tuned]")] = "",
+    run: Annotated[str, _option("RUN", "a preset, published run or run directory  [taught]")] = "",
     onnx: Annotated[str, _option("ONNX", "instead: a file of make export; needs no torch")] = "",
     top: Annotated[int, _option("TOP", "how many classes of a single image")] = 5,
     csv: Annotated[str, _option("CSV", "write a table to this file  [of several: to stdout]")] = "",
@@ -216,7 +217,7 @@ def predict(
     from tinycifar import inference
 
     files = inference.image_files(*names)
-    network = inference.load_onnx(onnx) if onnx else _torch_network(run or "tuned")
+    network = inference.load_onnx(onnx) if onnx else _torch_network(run or DEFAULT)
     if len(files) == 1 and not csv:
         [(_, result)] = inference.classify(files, network)
         if isinstance(result, Exception):
@@ -243,7 +244,7 @@ def _torch_network(run: str) -> Network:
 
 @app.command(help="Write a network as ONNX, in float and int8, and measure both files.")
 def export(
-    run: Annotated[str, _option("RUN", "a preset, a published run or a run directory")] = "tuned",
+    run: Annotated[str, _option("RUN", "a preset, a published run or a run directory")] = DEFAULT,
     to: Annotated[str, _option("TO", "the folder to write into")] = "runs/export",
 ) -> None:
     from tinycifar import export as onnx

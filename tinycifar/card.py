@@ -16,12 +16,11 @@ import pandas as pd
 from tinycifar import analysis, shapes
 from tinycifar.data import Data
 from tinycifar.inference import OnnxNetwork, load_onnx
-from tinycifar.paths import RESULTS
+from tinycifar.paths import DEFAULT, RESULTS
 from tinycifar.run_directory import RunDirectory, find_run
 
 FILE = RESULTS / "card.json"
 EXPORTED = RESULTS / "export"  # the default weights as ONNX files
-RUN = "tuned"
 KEPT = 0.95  # of the test images, by the threshold that is tried on foreign ones
 
 
@@ -113,7 +112,7 @@ def values() -> dict[str, str]:
     """The numbers within the card's sentences, by the names of their marks."""
     card = read()
     confusion = np.array(card["confusion"])
-    metrics = RunDirectory(find_run(RUN)).metrics()
+    metrics = RunDirectory(find_run(DEFAULT)).metrics()
     return {
         "card.parameters": f"{metrics['params']:,}",
         "card.macs": f"{metrics['macs']:,}",

@@ -1,6 +1,6 @@
 """A run in, ONNX files out: `net.onnx` in float32 and `net-int8.onnx`, measured as they are.
 
-    export("tuned", "runs/export")     # `make export RUN=tuned TO=runs/export`
+    export("taught", "runs/export")     # `make export RUN=taught TO=runs/export`
 
 Both take `images`, uint8 (N, 32, 32, 3) in RGB with N left free, and give `probabilities`, float32
 (N, classes): normalisation is inside. Opset 20 and IR version 10, which ONNX Runtime reads from
@@ -40,7 +40,7 @@ from tinycifar.checks import DataUnavailable
 from tinycifar.data import DATASETS, Data, DataSplits, Stats, load
 from tinycifar.evaluation import log_probabilities
 from tinycifar.images import SIDE
-from tinycifar.paths import RESULTS, absolute, shown
+from tinycifar.paths import DEFAULT, RESULTS, absolute, shown
 from tinycifar.quantise import Int8Conv, Quantiser, calibrate, simulated_int8
 from tinycifar.run_directory import RunDirectory, RunError, find_run, write_file
 from tinycifar.weights import load_network
@@ -55,7 +55,7 @@ BATCHES = (1, 256)  # sizes that are timed
 
 
 def export(
-    run: str | Path = "tuned",
+    run: str | Path = DEFAULT,
     folder: str | Path = "runs/export",
     *,
     dataset: Data | None = None,

@@ -17,6 +17,9 @@ CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() els
 #: The published runs: all in a checkout, those of the presets in an installed copy.
 RESULTS = (CHECKOUT or _PACKAGE) / "results"
 
+#: The preset whose weights are meant where no run is named: the most accurate.
+DEFAULT = "taught"
+
 
 def home() -> Path:
     """The folder from where relative paths count."""

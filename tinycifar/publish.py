@@ -27,7 +27,7 @@ from tinycifar import analysis, card, export
 from tinycifar.analysis import Run, markdown
 from tinycifar.data import Data, load, title
 from tinycifar.evaluation import evaluate
-from tinycifar.paths import CHECKOUT, RESULTS, shown
+from tinycifar.paths import CHECKOUT, DEFAULT, RESULTS, shown
 from tinycifar.recipes import RECIPES
 from tinycifar.run_directory import write_file
 from tinycifar.studies import load_study
@@ -189,16 +189,19 @@ def _published_values() -> dict[str, str]:
 
 
 def _reference_values(runs: list[Run]) -> dict[str, str]:
-    """How the published run starts beside ours; and what 5,000 images can tell."""
+    """How the published run starts beside ours; and what a sample of images can tell."""
     published, *ours = (run.history["train_acc"][1:5].mean() for run in _baselines(runs))
-    tuned = [r for r in runs if r.recipe["name"] == "tuned" and r.protocol == "val"]
-    right = fmean(r.metrics["val_acc"] for r in tuned if r.metrics) / 100
-    error = 100 * math.sqrt(right * (1 - right) / tuned[0].config["split"]["selection"])
+    best = [r for r in runs if r.recipe["name"] == DEFAULT and r.protocol == "val"]
+    right = fmean(r.metrics["val_acc"] for r in best if r.metrics) / 100
+    errors = {
+        part: 100 * math.sqrt(right * (1 - right) / best[0].config["split"][part])
+        for part in ("selection", "test")
+    }
     return {
         "start.lead": f"{published - max(ours):.1f} to {published - min(ours):.1f}",
         "start.span": f"{max(ours) - min(ours):.1f}",
         "start.runs": f"{len(ours)}",
-        "sampling.error": f"{error:.2f}",
+        **{f"sampling.{part}": f"{error:.2f}" for part, error in errors.items()},
     }
 
 
@@ -221,9 +224,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _summary(results: pd.DataFrame) -> pd.DataFrame:
-    """Three recipes and the reference, of what runs_table has."""
-    kinds = [("tuned", "val"), ("sprint", "val"), ("baseline", "test-selected")]
-    kinds.append((results["recipe"].iloc[0], "test-selected"))
+    """Four recipes and the reference, of what runs_table has."""
+    presets = [("taught", "val"), ("tuned", "val"), ("sprint", "val")]
+    kinds = [*presets, *((r, "test-selected") for r in ("baseline", results["recipe"].iloc[0]))]
     shown = results.set_index(["recipe", "protocol"], drop=False).loc[kinds]
     wanted = "recipe|protocol|n|(epochs|minutes)_(min|max)|test_acc(_std|_min|_max)?"
     return shown.filter(regex=f"^({wanted})$")

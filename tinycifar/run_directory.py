@@ -49,6 +49,7 @@ _REMOVED = ("last.pt", "metrics.json", "best.pt", "history.csv", "config.json")
 HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds")
 # Preset: the published run, settled without the test set, whose weights go by its name.
 PRETRAINED = {
+    "taught": "taught-seed2",
     "tuned": "tuned-seed0",
     "sprint": "sprint-seed0",
     "quick": "quick",
@@ -96,7 +97,7 @@ def find_run(run: str | os.PathLike[str]) -> Path:
         FileNotFoundError: there is none; lists what there is.
     """
     name = os.fspath(run)
-    within = name.removeprefix("results/")  # where studies' runs were when some were published
+    within = name.removeprefix("results/").removeprefix("studies/")  # as recipes name teachers
     published = [RESULTS / PRETRAINED.get(name, name), RESULTS / "studies" / within]
     is_path = name.startswith(".") or ".." in Path(name).parts
     for place in [*([] if is_path else published), absolute(name)]:

@@ -20,10 +20,11 @@ from tinycifar.evaluation import eval_mode
 from tinycifar.images import read_image
 from tinycifar.inference import likeliest
 from tinycifar.networks import make_network
+from tinycifar.paths import DEFAULT
 from tinycifar.run_directory import RunDirectory, find_run, read_tensors
 
 
-def load_pretrained(run: str | Path = "tuned") -> Any:
+def load_pretrained(run: str | Path = DEFAULT) -> Any:
     """The network of a run, in eval mode, on the CPU, with its `classes`, `mean` and `std`.
 
     Args:
