@@ -32,13 +32,13 @@ help: ## this list
 	@echo
 	@echo "  Settings, e.g. make run-notebook RECIPE=baseline SEED=1 DATASET=cifar10"
 	@echo "    NB        which notebooks: stats training analysis      (all three)"
-	@echo "    RECIPE    quick, tuned, taught, sprint, baseline or int8 (quick)"
+	@echo "    RECIPE    quick, tuned, taught, sprint, baseline, int8  (quick)"
 	@echo "    PROTOCOL  val, full or test-selected                    (val)"
 	@echo "    DATASET   auto, cifar10 or shapes, the stand-in         (auto)"
 	@echo "    SEED      from 0 to 2**32 - 1                           (0)"
 	@echo "    DEVICE    auto, cpu, cuda or mps                        (auto)"
 	@echo "    RUN       the run directory                             (runs/RECIPE-PROTOCOL-seedSEED)"
-	@echo "    FORCE     1 trains again what is finished               (0)"
+	@echo "    FORCE     1 replaces a finished or different run        (0)"
 	@echo '    PARAMS    more parameters, e.g. PARAMS="-p epochs 5": those of the notebooks, and any'
 	@echo "              field of a recipe"
 	@echo "  make sweep instead takes RECIPES (quick) and SEEDS (0 1 2), or STUDY, a file as in studies/;"

@@ -117,10 +117,10 @@ def folded(model: nn.Module) -> Any:
     and a bias can do at no cost. The same outputs to rounding (1e-5).
 
     Args:
-        model: any network; one that torch.fx can't trace stays as it is. A BatchNorm is folded only
-            if its input is the output of a convolution that nothing else uses. A block that applies
-            one several times, each time with another BatchNorm, needs a method `unrolled`: see
-            tinycifar.networks.
+        model: any network; in one that torch.fx can't trace nothing is folded. A BatchNorm is
+            folded only if its input is the output of a convolution that nothing else uses. A block
+            that applies one several times, each time with another BatchNorm, needs a method
+            `unrolled`: see tinycifar.networks.
 
     Raises:
         ValueError: the model is in training mode, where BatchNorm depends on the batch.

@@ -552,6 +552,7 @@ def test_recipes_side_by_side():
     assert table["tuned"]["plateau_factor"] is None and "momentum" not in table.index
     whole = analysis.recipes_table([RECIPES["baseline"], RECIPES["tuned"]], all_fields=True)
     assert not whole.set_index("field")["differs"]["momentum"]
+    assert "teacher_whole" not in set(whole["field"]), "neither has a teacher"
     assert {"**lr**", "momentum"} < {row[""] for row in shown(whole)}
     odd = analysis.recipes_table([RECIPES["tuned"], Recipe("a_lr")])  # called like a column
     assert {row["a_lr"] for row in shown(odd)} >= {"sgd", "0.045", "–"}

@@ -175,15 +175,15 @@ def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:
 
 
 class FastDepthwise(nn.Module):
-    """A depthwise 3x3 convolution, dilated or strided, whose backward pass is fast on a CPU.
+    """A depthwise 3x3 convolution, dilated, strided or neither, with a fast backward pass on a CPU.
 
     oneDNN, which torch uses there, has no fast code for a dilated one's gradients (measured, each
-    takes five to twenty times as long as the forward pass), nor in bfloat16 for that of a strided
-    one's input (fifty times as long as in float32). But the input's gradient is a convolution of
-    the output's gradient too, with the filter rotated by 180 degrees, and zeros between the pixels
-    where there is a stride; the filter's gradient is that of an undilated convolution of the d²
-    images made of every d-th pixel. In bfloat16 the former is twice as fast as oneDNN's own code
-    even with neither.
+    takes five to twenty times as long as the forward pass), nor in bfloat16 for the gradient of a
+    strided one's input (fifty times as long as in float32). But the input's gradient is a
+    convolution of the output's gradient too, with the filter rotated by 180 degrees, and zeros
+    between the pixels where there is a stride; the filter's gradient is that of an undilated
+    convolution of the d² images made of every d-th pixel. In bfloat16 the former is twice as fast
+    as oneDNN's own code even without dilation or stride.
     """
 
     def __init__(self, conv: nn.Conv2d):

@@ -264,8 +264,8 @@ def train(
             numbers only by rounding; resume a run with the same setting.
         on_epoch: called with the row of history.csv after each epoch, including those that a
             resumed run has already done (but never for a finished run). If it returns True, the
-            run ends there, as one that stopped early. An exception that it raises ends the call
-            and leaves the run unfinished.
+            run ends there and is finished, with `cut_short` in metrics.json. An exception that it
+            raises ends the call and leaves the run unfinished.
         test: False leaves the test set alone, as a search does: what metrics.json holds of it is
             None, until the same call with True adds it.
 

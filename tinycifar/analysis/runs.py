@@ -115,13 +115,15 @@ class Run:
         """
         sums = [self.config.get(f"{of}_sha256") for of in ("teacher", "network", "data")]
         data = [self.data_title, self.protocol]
-        return json.dumps([self.recipe, self._policies(), sums, data, self.cut_short])
+        parts = [self.recipe, self._policies(), sums, data, self.cut_short]
+        return json.dumps(parts, sort_keys=True)
 
     def _policies(self) -> dict[str, dict[str, Any]]:
         """What the name of its policy meant; an early run, which didn't note it, has today's."""
         name = self.recipe["policy"]
         today = {n: asdict(policy) for n, policy in augment.POLICIES.items() if n == name}
-        return self.config.get("policies", today)
+        noted = self.config.get("policies", today)
+        return {name: asdict(augment.Policy()) | policy for name, policy in noted.items()}
 
     def splits(self, data: Data) -> DataSplits:
         """`data` as the run saw it.
@@ -200,7 +202,7 @@ def study_runs(study: Study, folder: str | PathLike[str]) -> list[Run]:
     return [*filter(None, elsewhere), *(_as_called(study, run) or run for run in runs)]
 
 
-@functools.cache  # each study asks for those of all others
+@functools.cache  # each study asks for all others'; results/ doesn't change in a process
 def _published_in(folder: Path) -> list[Run]:
     return find_runs(folder)
 

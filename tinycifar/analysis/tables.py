@@ -71,7 +71,7 @@ def _used(recipe: Recipe) -> dict[str, Any]:
         "warmup": recipe.schedule not in ("one_cycle", "cosine"),
         "plateau_factor plateau_patience": recipe.schedule != "plateau",
         "grow": recipe.start_side == 32,
-        "teaching temperature": recipe.teacher is None,
+        "teaching temperature teacher_whole": recipe.teacher is None,
         "skips activation attention": recipe.network == "tiny" or ":" in recipe.network,
         "dilated separable width": recipe.network != "tiny",
     }
