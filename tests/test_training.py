@@ -194,7 +194,7 @@ def test_a_step_returns_the_loss_and_answers_and_moves_the_weights(tiny):
 def test_images_of_each_epoch_have_its_side(tiny):
     recipe = get_recipe(SMALL, epochs=2, start_side=16, grow=1.0)
     trainer, step, fed = trainer_of(recipe, tiny), Trainer.step, []
-    trainer.step = lambda images, labels: (
+    trainer.step = lambda images, labels, whole: (
         fed.append(images.shape[2:]) or step(trainer, images, labels)
     )
     for epoch in (1, 2):
