@@ -163,15 +163,13 @@ class FusedNet(nn.Module):
         super().__init__()
         self.classes, self.mean, self.std = network.classes, network.mean, network.std
         self.function = torch.fx.GraphModule(network, _Flat().trace(network))
-        names: dict[str, str] = {}
-        for node in self.function.graph.nodes:
+        for i, node in enumerate(self.function.graph.nodes):
             node.type = None  # annotations are strings here, which GraphModule can't pickle
             if node.op == "get_attr":  # from c1.0.0.weight, which is found module by module
                 where, _, name = node.target.rpartition(".")
                 tensor = getattr(self.function.get_submodule(where), name)
                 # Numbered, as a_b and a.b are two tensors.
-                flat = f"{node.target.replace('.', '_')}_{len(names)}"
-                node.target = names.setdefault(node.target, flat)
+                node.target = f"{node.target.replace('.', '_')}_{i}"
                 if isinstance(tensor, nn.Parameter):
                     self.function.register_parameter(node.target, nn.Parameter(tensor))
                 else:

@@ -200,6 +200,8 @@ def test_what_is_swapped_in_where():
     assert not kinds(twin, nn.ReLU) and kinds(without, nn.ReLU) == kinds(net, nn.ReLU)
     assert not kinds(accelerated(NetCIFAR10_Tiny(dilated=False)), FastDepthwise)
     assert not kinds(accelerated(NETWORKS["silu"]()), NormReLU), "its activation isn't ReLU"
+    both = nn.Sequential(depthwise(6, dilation=2, stride=2))
+    assert not kinds(accelerated(both, torch.bfloat16), FastDepthwise)
 
 
 def test_depthwise_is_a_filter_a_channel():

@@ -46,6 +46,15 @@ def test_log_probabilities_are_the_networks_own(net, tiny, stats):
     torch.testing.assert_close(flipped, mirrored, rtol=0, atol=1e-5)
 
 
+def test_log_probabilities_are_float32_whatever_the_default(net, tiny, stats):
+    torch.set_default_dtype(torch.float64)
+    try:
+        log_p = log_probabilities(net, tiny.test_images, stats)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert log_p.dtype == torch.float32
+
+
 def test_loss_and_accuracy_are_of_these_log_probabilities(net, tiny, stats):
     log_p = log_probabilities(net, tiny.test_images, stats)
     labels = torch.from_numpy(tiny.test_labels)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar import data, optim, training
-from tinycifar.data import channel_stats, split
+from tinycifar.data import DataSplits, channel_stats, split
 from tinycifar.evaluation import log_probabilities
 from tinycifar.loaders import key
 from tinycifar.recipes import RECIPES, get_recipe
@@ -609,6 +609,16 @@ def test_protocols_differ_in_what_they_may_see(tiny, tmp_path, monkeypatch):
 
     metrics = train(SMALL, tmp_path / "ts", protocol="test-selected", dataset=tiny, progress=False)
     assert metrics["test_loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
+
+
+def test_flips_are_averaged_over_mirror_images(tiny):
+    """Labels are the classes that this average is highest for: no other average gets them all."""
+    net, stats = load_pretrained("quick"), DataSplits(tiny, "full").stats
+    x = augment.normalised(torch.from_numpy(tiny.test_images), stats.mean, stats.std)
+    with torch.no_grad():
+        labels = (net(x).exp() + net(x.flip(3)).exp()).argmax(1).numpy()
+    figures = training.test_figures(net, DataSplits(replace(tiny, test_labels=labels), "full"))
+    assert figures["test_acc_tta"] == 100 > figures["test_acc"]
 
 
 def test_metrics_are_the_networks_own(tiny, tmp_path):
