@@ -90,6 +90,7 @@ def test_numbers_are_numbers(write):
         ({"seeds": [0, 0]}, "list of different whole numbers"),
         ({"seeds": ["a"]}, "seed must be a whole number"),
         ({"protocol": "full"}, "unknown key 'protocol'"),
+        ({"test": "no"}, "test must be"),
     ],
 )
 def test_a_wrong_study_is_refused_by_name(write, changes, says):
@@ -260,6 +261,20 @@ def test_runs_are_what_train_makes_and_finished_ones_are_kept(tiny, tmp_path, ca
     other = data.load("shapes", limit=210)
     with pytest.raises(RunError, match=r"differs: .*limit is 200 there and 210 now"):
         train_many([ONE_EPOCH], seeds=[3], **settings | {"dataset": other})
+
+
+def test_a_study_can_leave_the_test_set_alone(write, tiny, tmp_path, capsys, one_thread):
+    options = {"dataset": tiny, "folder": tmp_path / "out", "jobs": 1}
+    small = {"epochs": 1, "batch_size": 60, "network": NETWORK}
+    changes = {"always": small, "seeds": [0], "variations": {"x": {"lr": 0.1}}}
+    without = train_study(write(test=False, **changes), **options)
+    assert [m["test_acc"] for m in without] == [None, None]
+    capsys.readouterr()
+    assert train_study(write(test=False, **changes), **options) == without
+    assert capsys.readouterr().out.count("kept") == 2
+    added = train_study(write(**changes), **options)
+    assert all(m["test_acc"] >= 0 for m in added)
+    assert [m["val_acc"] for m in added] == [m["val_acc"] for m in without]
 
 
 def test_a_failure_stops_no_other_run(tiny, tmp_path):

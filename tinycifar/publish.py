@@ -417,7 +417,7 @@ def verify(runs: Iterable[Run] | None = None) -> None:
     for run in published_runs() if runs is None else runs:
         name = shown(run.folder)
         if run.metrics is None or run.metrics["test_acc"] is None:
-            why = "unfinished" if run.metrics is None else "a trial that left the test set alone"
+            why = "unfinished" if run.metrics is None else "it left the test set alone"
             print(f"{name}: {why}, not verified")
             continue
         for metric, measured in measure(run, data).items():

@@ -19,6 +19,7 @@ A study is a file: a base recipe, and variations of it, a search, or both.
     sampler: tpe                 # see trials.SAMPLERS; tpe, unless said
     prune: median                # see trials.PRUNERS; median, unless said
     confirm: 3                   # train so many of the best with two more seeds; 0, unless said
+    test: false                  # leave the test set alone; true, unless said
 
 To add a variation is to add a line. Each becomes an ordinary recipe, called by its name, and each
 of its seeds an ordinary run directory, in runs/<name of the file>/; a trial of a search is called
@@ -44,7 +45,7 @@ import torch
 import yaml
 
 from tinycifar import trials
-from tinycifar.checks import check_choice, check_number, check_whole
+from tinycifar.checks import check_choice, check_flag, check_number, check_whole
 from tinycifar.data import Data, load, title
 from tinycifar.paths import absolute
 from tinycifar.recipes import Recipe, get_recipe
@@ -52,7 +53,7 @@ from tinycifar.run_directory import RunDirectory, RunError, json_sha256
 from tinycifar.training import check_parts, check_seed, settle
 from tinycifar.trials import Plan, Search
 
-KEYS = {"about", "base", "always", "seeds", "variations"}
+KEYS = {"about", "base", "always", "seeds", "variations", "test"}
 SEARCH_KEYS = {"search", "trials", "sampler", "prune", "confirm"}
 JOBS_ON_A_GPU = 8  # a guess, not yet measured: each takes some 1 GB of it, and a core to feed it
 
@@ -69,6 +70,7 @@ class Study:
         recipes: the base, called `base`, and then its variations.
         seeds: each of them is trained with each.
         search: None without one.
+        test: whether whole runs are evaluated on test.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Study:
     recipes: tuple[Recipe, ...]
     seeds: tuple[int, ...]
     search: Search | None = None
+    test: bool = True
 
     @property
     def runs(self) -> list[tuple[Recipe, int]]:
@@ -118,8 +121,9 @@ def _study(name: str, content: object) -> Study:
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"seeds must be a list of different whole numbers; got {seeds!r}")
     seeds = tuple(map(check_seed, seeds))
-    about = _text("about", content["about"])
-    return Study(name, about, tuple(recipes), seeds, _search(content, base, seeds))
+    about, test = _text("about", content["about"]), content.get("test", True)
+    check_flag("test", test)
+    return Study(name, about, tuple(recipes), seeds, _search(content, base, seeds), test)
 
 
 def _search(content: dict, base: Recipe, seeds: tuple[int, ...]) -> Search | None:
@@ -269,6 +273,7 @@ def train_many(
     threads: int = 1,
     storage: str | None = None,
     heartbeat: int = trials.HEARTBEAT,
+    test: bool = True,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train every recipe with every seed; finished runs are kept, interrupted ones go on.
@@ -285,6 +290,7 @@ def train_many(
         storage: the URL of a database, as Optuna takes it; None is SQLite's, in the folder.
         heartbeat: seconds between a worker's signs of life; three times as long without one, and
             its run is queued again.
+        test: as for `train`; False leaves the test set alone.
         progress: print a line for each run that ends, and on a terminal draw a bar.
 
     Returns:
@@ -300,7 +306,9 @@ def train_many(
     pairs = list(product(map(get_recipe, recipes), map(check_seed, seeds)))
     if not pairs:
         raise ValueError("nothing to train: give at least one recipe and one seed")
-    sweep = _Sweep(protocol, dataset, device, folder, jobs, threads, storage, heartbeat, progress)
+    sweep = _Sweep(
+        protocol, dataset, device, folder, jobs, threads, storage, heartbeat, test, progress
+    )
     return sweep.train("", pairs)
 
 
@@ -309,19 +317,20 @@ def train_study(study: str | Path | Study, **options: Any) -> list[dict[str, Any
 
     Args:
         study: the path of a file, or what `load_study` made of it.
-        options: those of `train_many`; the folder is runs/<name of the file>, unless said.
+        options: those of `train_many`; folder: runs/<name of the file>, test: what the study says,
+            unless given.
 
     Returns:
         What the metrics.json of each whole run holds, those of the base first; then, of a search,
         those of the best trial, or of the best ones that were confirmed, with each seed. Only
-        these are evaluated on test.
+        these are evaluated on test, unless the study leaves it alone.
 
     Raises:
         See `load_study` and `train_many`.
     """
     study = study if isinstance(study, Study) else load_study(study)
     folder = absolute(options.pop("folder", None) or f"runs/{study.name}")
-    sweep = _Sweep("val", folder=folder, **options)
+    sweep = _Sweep("val", folder=folder, **{"test": study.test} | options)
     metrics = sweep.train(study.name, study.runs, study.search)
     if study.search is not None:
         sweep.check_trials_are_here(study.name, study.search)
@@ -357,11 +366,14 @@ class _Sweep:
         threads: int = 1,
         storage: str | None = None,
         heartbeat: int = trials.HEARTBEAT,
+        test: bool = True,
         progress: bool = True,
     ):
         self.jobs = None if jobs is None else check_whole("jobs", jobs, 1, 1024)
         self.threads, self.progress = check_whole("threads", threads, 1, 1024), progress
         self.heartbeat = check_whole("heartbeat", heartbeat, 1, 86_400)
+        check_flag("test", test)
+        self.test = test
         self.folder = absolute(folder)
         self.storage = storage or trials.default_storage(self.folder)
         self.data = dataset if isinstance(dataset, Data) else load(dataset)
@@ -387,7 +399,7 @@ class _Sweep:
                 )
         waiting = {}
         for run, one in zip(runs, experiments, strict=True):
-            if run.kept(one.identity) is None or not trials.is_done(run):
+            if run.kept(one.identity) is None or not trials.is_done(run, self.test):
                 check_parts(one)
                 waiting[one.name] = one.recipe, one.seed
             elif self.progress:
@@ -403,6 +415,7 @@ class _Sweep:
                 runs=frozenset(one.name for one in experiments),
                 threads=self.threads,
                 heartbeat=self.heartbeat,
+                test=self.test,
             )
             trials.queue(plan, waiting)
             jobs = self.jobs or _most_jobs(experiments[0].device, self.threads)

@@ -298,6 +298,7 @@ class Plan:
         runs: the names of the whole runs.
         threads: of each worker.
         heartbeat: see HEARTBEAT.
+        test: whether whole runs are evaluated on test.
         policies: augmentation policies, which may be the caller's own.
     """
 
@@ -310,6 +311,7 @@ class Plan:
     runs: frozenset[str] = frozenset()
     threads: int = 1
     heartbeat: int = HEARTBEAT
+    test: bool = True
     policies: dict[str, augment.Policy] = field(default_factory=lambda: dict(augment.POLICIES))
 
     def studies(self) -> list[optuna.Study]:
@@ -382,16 +384,16 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         for name, attributes in wanted.items():
             gone = name in there and there[name].state == TrialState.COMPLETE
             missing = name not in there or gone or (name in failed and changed[name])
-            if missing and not is_done(RunDirectory(plan.folder / name)):
+            if missing and not is_done(RunDirectory(plan.folder / name), plan.test):
                 whole.enqueue_trial({}, user_attrs=attributes)
         if plan.search is not None:
             for _ in range(plan.search.trials - len(latest(search[0]))):
                 search[0].enqueue_trial({}, user_attrs={"seed": plan.search.seed})
 
 
-def is_done(run: RunDirectory) -> bool:
-    """Whether a whole run is finished, the test set included."""
-    return run.is_finished and run.metrics()["test_acc"] is not None
+def is_done(run: RunDirectory, test: bool) -> bool:
+    """Whether a whole run is finished, the figures on test included where they are wanted."""
+    return run.is_finished and not (test and run.metrics()["test_acc"] is None)
 
 
 def _queue_again(study: optuna.Study, trial: FrozenTrial, afresh: bool = False) -> None:
@@ -554,7 +556,7 @@ class _Worker:
                     seed=seed,
                     progress=False,
                     on_epoch=report,
-                    test=whole,
+                    test=whole and plan.test,
                     **plan.settings,
                 )
             except RunLocked:  # by a worker that only seemed dead, and may yet finish it
