@@ -57,9 +57,10 @@ NETWORKS = {
 }
 
 
-def depthwise(channels, **options):
-    padding = options.get("dilation", 1)
-    return nn.Conv2d(channels, channels, 3, padding=padding, groups=channels, bias=False, **options)
+def depthwise(channels, kernel=3, dilation=1, **options):
+    padding = kernel // 2 * dilation
+    options |= {"padding": padding, "dilation": dilation, "groups": channels}
+    return nn.Conv2d(channels, channels, kernel, bias=False, **options)
 
 
 def kinds(model, kind):
@@ -69,12 +70,12 @@ def kinds(model, kind):
 # ------------------------------------------------------------------------------------ its layers
 
 
-@pytest.mark.parametrize("dilation", [2, 3])
+@pytest.mark.parametrize(("dilation", "kernel"), [(2, 3), (3, 3), (2, 5), (3, 7)])
 @pytest.mark.parametrize("size", [(16, 16), (15, 17), (5, 32), (1, 2)])
-def test_a_dilated_layer_is_torchs_own(dilation, size):
+def test_a_dilated_layer_is_torchs_own(dilation, kernel, size):
     """Same sums by another way: outputs and both gradients, also where nothing divides evenly."""
     torch.manual_seed(0)
-    conv = depthwise(6, dilation=dilation)
+    conv = depthwise(6, kernel, dilation)
     x = torch.randn(2, 6, *size).to(memory_format=torch.channels_last).requires_grad_()
     layer = FastDepthwise(conv)
     assert layer.weight is conv.weight
@@ -85,12 +86,12 @@ def test_a_dilated_layer_is_torchs_own(dilation, size):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (1, 5), (2, 7)])
 @pytest.mark.parametrize("size", [(16, 16), (17, 15)])
-def test_a_layer_in_bfloat16(size, stride):
+def test_a_layer_in_bfloat16(size, stride, kernel):
     """Against float32 on the same rounded numbers."""
     torch.manual_seed(0)
-    conv = depthwise(6, stride=stride).bfloat16()
+    conv = depthwise(6, kernel, stride=stride).bfloat16()
     layer = FastDepthwise(conv)
     exact = copy.deepcopy(conv).float()
     x = torch.randn(2, 6, *size).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
@@ -202,6 +203,9 @@ def test_what_is_swapped_in_where():
     assert not kinds(accelerated(NETWORKS["silu"]()), NormReLU), "its activation isn't ReLU"
     both = nn.Sequential(depthwise(6, dilation=2, stride=2))
     assert not kinds(accelerated(both, torch.bfloat16), FastDepthwise)
+    large = nn.Sequential(depthwise(6, 5), depthwise(6, 7, dilation=2), depthwise(6, 1))
+    counts = [kinds(accelerated(large, p), FastDepthwise) for p in (torch.float32, torch.bfloat16)]
+    assert counts == [1, 2]
 
 
 def test_depthwise_is_a_filter_a_channel():

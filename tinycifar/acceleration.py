@@ -166,16 +166,18 @@ def _a_relu_follows_each_norm(model: nn.Module) -> bool:
 
 def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:
     (stride, _), (dilation, _) = conv.stride, conv.dilation
-    square = conv.stride == (stride,) * 2 and conv.dilation == conv.padding == (dilation,) * 2
-    plain = conv.padding_mode == "zeros" and conv.in_channels == conv.out_channels
-    if not (square and plain) or conv.kernel_size != (3, 3) or conv.bias is not None:
+    side = conv.kernel_size[0]
+    square = all(pair[0] == pair[1] for pair in (conv.stride, conv.dilation, conv.kernel_size))
+    same = conv.padding == (side // 2 * dilation,) * 2 and conv.padding_mode == "zeros"
+    plain = conv.in_channels == conv.out_channels and conv.bias is None
+    if not (square and same and plain) or side not in (3, 5, 7):
         return conv
     needed = precision == torch.bfloat16 if dilation == 1 else stride == 1
     return FastDepthwise(conv) if needed else conv
 
 
 class FastDepthwise(nn.Module):
-    """A depthwise 3x3 convolution, dilated, strided or neither, with a fast backward pass on a CPU.
+    """A depthwise convolution, dilated, strided or neither, with a fast backward pass on a CPU.
 
     oneDNN, which torch uses there, has no fast code for a dilated one's gradients (measured, each
     takes five to twenty times as long as the forward pass), nor in bfloat16 for the gradient of a
@@ -183,7 +185,8 @@ class FastDepthwise(nn.Module):
     convolution of the output's gradient too, with the filter rotated by 180 degrees, and zeros
     between the pixels where there is a stride; the filter's gradient is that of an undilated
     convolution of the d² images made of every d-th pixel. In bfloat16 the former is twice as fast
-    as oneDNN's own code even without dilation or stride.
+    as oneDNN's own code even without dilation or stride. The latter is slow in bfloat16 for filters
+    larger than 3x3 (some five times as slow as in float32), so it is computed in float32.
     """
 
     def __init__(self, conv: nn.Conv2d):
@@ -199,7 +202,8 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-        return F.conv2d(x, weight, None, stride, dilation, dilation, x.shape[1])
+        padding = weight.shape[2] // 2 * dilation
+        return F.conv2d(x, weight, None, stride, padding, dilation, x.shape[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -209,17 +213,19 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x, weight), s, d = ctx.saved_tensors, ctx.stride, ctx.dilation
+        half = weight.shape[2] // 2
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             spread = grad
             if s > 1:  # not in place, for torch.func's sake
                 rows = torch.zeros_like(x[:, :, ::s]).slice_scatter(grad, 3, step=s)
                 spread = torch.zeros_like(x).slice_scatter(rows, 2, step=s)
-            grad_x = F.conv2d(spread, weight.flip(2, 3), None, 1, d, d, x.shape[1])
+            grad_x = F.conv2d(spread, weight.flip(2, 3), None, 1, half * d, d, x.shape[1])
         if ctx.needs_input_grad[1]:
-            grad_weight = conv2d_weight(
-                _every(d, x), weight.shape, _every(d, grad), s, padding=1, groups=x.shape[1]
-            )
+            exact = torch.promote_types(x.dtype, torch.float32) if half > 1 else x.dtype
+            images, up = (_every(d, each).to(exact) for each in (x, grad))
+            grad_weight = conv2d_weight(images, weight.shape, up, s, half, groups=x.shape[1])
+            grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
