@@ -958,6 +958,20 @@ def test_accuracy_vs_cost_leaves_out_what_is_not_comparable(write_run):
     assert "quick · val: 88.00, n = 1" in alone
 
 
+def test_sizes_of_a_design_are_joined(write_run):
+    small, large = (
+        replace(run := write_run(name, recipe=name), metrics=run.metrics | {"params": params})
+        for name, params in (("small", 10_000), ("large", 90_000))
+    )
+    other = write_run("other", dataset="shapes")
+    figure = analysis.plot_accuracy_vs_cost(family=[large, small, other])
+    line = figure.axes[0].lines[0]
+    table = analysis.runs_table([small, large])
+    assert list(line.get_xdata()) == list(table["parameters"])
+    assert list(line.get_ydata()) == list(table["test_acc"])
+    assert "one design at several sizes" in texts(figure) and "Left out: 1 run," in texts(figure)
+
+
 def test_labels_of_points_do_not_overlap(write_run):
     runs = [
         write_run(f"r{i}", recipe=f"recipe{i}", test_acc=accuracy)

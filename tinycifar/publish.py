@@ -359,9 +359,9 @@ def _figures() -> Iterator[tuple[Path, Figure]]:
     runs = analysis.find_runs(RESULTS)
     seeds = Counter(run.kind for run in runs if run.recipe["name"] in RECIPES)
     presets = [run for run in runs if seeds[run.kind] > 1]
-    yield RESULTS / "accuracy.png", analysis.plot_accuracy_vs_cost(presets)
-    against = analysis.plot_accuracy_vs_cost(presets, "multiply_adds")
-    yield RESULTS / "accuracy-multiply-adds.png", against
+    sizes = analysis.published_study("family")
+    for cost, name in (("parameters", "accuracy"), ("multiply_adds", "accuracy-multiply-adds")):
+        yield RESULTS / f"{name}.png", analysis.plot_accuracy_vs_cost(presets, cost, sizes)
     yield RESULTS / "reference.png", _plot_baselines(runs)
     yield RESULTS / "reference-start.png", analysis.plot_start(_starts(runs))
     for run in runs:

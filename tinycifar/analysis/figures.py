@@ -490,7 +490,9 @@ def plot_search(search: optuna.Study, what: str = "history") -> Figure:
 
 
 @_styled
-def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameters") -> Figure:
+def plot_accuracy_vs_cost(
+    runs: Run | Iterable[Run] = (), cost: str = "parameters", family: Iterable[Run] = ()
+) -> Figure:
     """Test accuracy against parameters or multiply-adds, beside the published networks.
 
     Runs are drawn as mean and sample standard deviation over seeds, for each recipe and protocol.
@@ -498,14 +500,14 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
 
     Args:
         cost: parameters, or multiply_adds (of one image), as far as their authors tell.
+        family: runs of one design at several sizes, which are joined by a line.
 
     Raises:
         ValueError: another cost.
     """
     check_choice("cost", cost, ("parameters", "multiply_adds"))
-    runs, networks = as_list(runs), published_networks()
-    tested = [run for run in runs if run.metrics and run.metrics["test_acc"] is not None]
-    comparable = [run for run in tested if run.data_title == "CIFAR-10"]
+    runs, family, networks = as_list(runs), as_list(family), published_networks()
+    comparable, sizes = _tested_on_cifar10(runs), _tested_on_cifar10(family)
     reference, others = networks.iloc[0], networks.iloc[1:].dropna(subset=cost)
     figure, axes = plt.subplots(figsize=(10, 5.6))
     points = [(row[cost], row["accuracy"], row["network"], DIM) for _, row in others.iterrows()]
@@ -521,6 +523,15 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
         axes.errorbar(row[cost], row["test_acc"], spread, fmt="D", **look)
         label = f"{kind}: {mean_std(row, 'test_acc')}, n = {row['n']}"
         points.append((row[cost], row["test_acc"], label, BLACK))
+    if sizes:
+        table = runs_table(sizes).sort_values(cost)
+        spread = table["test_acc_std"].where(table["n"] > 2)
+        look = {"color": SKY, "markersize": 5, "capsize": 3, "label": "one design at several sizes"}
+        axes.errorbar(table[cost], table["test_acc"], spread, fmt="o-", **look)
+        axes.legend(loc="upper left")
+        for _, row in table.iterrows():
+            label = f"{mean_std(row, 'test_acc')}, n = {row['n']}"
+            points.append((row[cost], row["test_acc"], label, BLACK))
     name = f"reference: {reference['accuracy']:.2f}, epoch chosen on test"
     points.append((reference[cost], reference["accuracy"], name, BLACK))
     axes.set_xscale("log")
@@ -531,7 +542,7 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
     names = {"parameters": "trainable parameters", "multiply_adds": "multiply-adds per image"}
     axes.set(xlabel=names[cost], ylabel="test accuracy, %", title="Small networks on CIFAR-10")
     notes = "Grey, and the ring: accuracies that their authors report, see results/published.csv."
-    if left_out := len(runs) - len(comparable):
+    if left_out := len(runs) + len(family) - len(comparable) - len(sizes):
         why = "without a test accuracy, or not on the whole of CIFAR-10"
         notes += f" Left out: {counted(left_out, 'run')}, {why}."
     figure.supxlabel(notes, color=DIM)
@@ -540,6 +551,11 @@ def plot_accuracy_vs_cost(runs: Run | Iterable[Run] = (), cost: str = "parameter
 
 
 # --------------------------------------------------------------------------------- parts of figures
+
+
+def _tested_on_cifar10(runs: Iterable[Run]) -> list[Run]:
+    tested = (run for run in runs if run.metrics and run.metrics["test_acc"] is not None)
+    return [run for run in tested if run.data_title == "CIFAR-10"]
 
 
 def _kind(run: Run) -> Kind:
