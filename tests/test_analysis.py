@@ -865,6 +865,8 @@ def test_plot_history_draws_the_history(write_run):
     assert train == [[e, 1.9 / e] for e in range(1, 5)]
     assert selection == [[e, 2.0 / e] for e in range(1, 5)]
     assert star == [[4, 0.5]]
+    taught = write_run("taught", fields={"teacher": "results/other"})
+    assert [len(axes.lines) for axes in analysis.plot_history(taught).axes[:2]] == [2, 3]
 
 
 def test_plot_history_of_many_has_a_colour_for_each_recipe(write_run):
@@ -1019,6 +1021,23 @@ def test_what_is_compared_of_a_search(search_folder):
     assert len(analysis.study_runs(confirmed, search_folder / "runs")) == 1
     table = analysis.study_table(runs)
     assert table["variation"].tolist() == ["base", names[1].split("-")[0].replace("_", " ")]
+
+
+def test_trials_that_were_stopped_are_marked():
+    search = optuna.create_study(direction="maximize")
+    search.set_user_attr("made_for", {"dataset": "shapes", "limit": None})
+    for state, accuracies in (("COMPLETE", [30, 50]), ("PRUNED", [20]), ("COMPLETE", [25, 60])):
+        search.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState[state],
+                value=accuracies[-1],
+                intermediate_values=dict(enumerate(accuracies, 1)),
+            )
+        )
+    lines = analysis.plot_search(search, "epochs").axes[0].lines
+    whole = "trained to the end"
+    assert [line.get_label() for line in lines] == [whole, "stopped", whole]
+    assert [line.get_ydata()[-1] for line in lines] == [50, 20, 60]
 
 
 def test_a_search_is_read_and_drawn(search_folder, monkeypatch):

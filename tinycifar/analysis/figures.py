@@ -226,7 +226,8 @@ def plot_history(runs: Run | Iterable[Run]) -> Figure:
 
     Dashed is training, on the images as they were augmented (and shrunk); solid is what selects
     the epoch (validation or, said plainly, test); a star marks the selected epoch of a finished
-    run. Where a dotted line stands, the training images grow; those that select never shrink.
+    run. Where a dotted line stands, the training images grow; those that select never shrink. A
+    training loss that can't be compared, as with a teacher, is left out.
 
     Raises:
         ValueError: no run at all.
@@ -419,8 +420,10 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     base, others, rows = table.iloc[0], table.iloc[1:], max(1, len(table) - 1)
     figure, axes = plt.subplots(figsize=(8, 1.8 + 0.36 * rows))
     colours = np.select([~others["clear"], others["gain"] > 0], [GREY, GREEN], RED)
-    for colour, some in others.groupby(colours):
+    single = (others["n"] == 1) | (base["n"] == 1)
+    for (colour, one), some in others.groupby([colours, single]):
         look: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3}
+        look["markerfacecolor"] = "white" if one else colour
         axes.errorbar(some["gain"], some.index, xerr=some["gain_interval"], **look)
     if others.empty:
         axes.annotate("no variation is finished yet", (0.5, 0.5), xycoords="axes fraction")
@@ -430,8 +433,8 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     axes.grid(axis="y", visible=False)
     figure.supxlabel(
         f"validation accuracy less the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
-        "points\nbars: 95 % intervals, each by itself; green: better, red: worse, grey: within "
-        "noise for all together, or n = 1"
+        "points\nbars: 95 % intervals, each by itself; hollow: n = 1 on either side, not tested; "
+        "grey: within noise for all together; green: better, red: worse"
     )
     epochs = counted(table.attrs["epochs"], "epoch")
     return _titled(figure, f"{title} · {epochs} · {table.attrs['data']}")
@@ -474,16 +477,21 @@ def plot_search(search: optuna.Study, what: str = "history") -> Figure:
         warnings.simplefilter("ignore", UserWarning)  # that importances rest on few trials
         panels = np.atleast_1d(draw(search, **named))
     figure = panels[0].figure
+    if what == "history":
+        panels[0].legend(["a trial", "the best so far"], loc="lower right")
+        panels[0].set_xlabel("trial")
     if what == "epochs":
-        panels[0].get_legend().remove()  # a line for each trial
-        panels[0].set(xlabel="epoch", ylabel="validation accuracy, %")
-        panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _mark_stopped(panels[0], search)
     if what == "importances":
         panels[0].get_legend().remove()
         panels[0].set(xlabel="importance", ylabel="")
     for axes in panels:  # Optuna brings a style of its own
         axes.set_facecolor("white")
         axes.grid(color=GREY, alpha=0.3)
+        if axes.get_xscale() == "log":
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter("{x:g}")
     for side in ("left", "center"):
         panels[0].set_title("", loc=side)  # the figure's says it
     return _titled(figure, heading)
@@ -511,7 +519,7 @@ def plot_accuracy_vs_cost(
     reference, others = networks.iloc[0], networks.iloc[1:].dropna(subset=cost)
     figure, axes = plt.subplots(figsize=(10, 5.6))
     points = [(row[cost], row["accuracy"], row["network"], DIM) for _, row in others.iterrows()]
-    axes.scatter(others[cost], others["accuracy"], s=24, color=GREY)
+    axes.scatter(others[cost], others["accuracy"], s=24, color=GREY, zorder=4)
     # A ring, so that none of our runs of the same network hides it.
     ring: dict[str, Any] = {"s": 150, "facecolors": "none", "edgecolors": BLACK, "zorder": 5}
     axes.scatter(reference[cost], reference["accuracy"], **ring)
@@ -636,9 +644,23 @@ def _field_label(row: pd.Series) -> str:
     return "\n".join([row["layer"].removeprefix("blocks."), *apart])
 
 
+def _mark_stopped(axes: Axes, search: optuna.Study) -> None:
+    """Optuna has a colour for each trial; here colours say which were stopped."""
+    trials = {f"Trial{trial.number}": trial for trial in search.get_trials(deepcopy=False)}
+    for line in axes.lines:
+        stopped = trials[str(line.get_label())].state == optuna.trial.TrialState.PRUNED
+        line.set(color=RED if stopped else BLUE, marker="x" if stopped else "o", alpha=0.6)
+        line.set(markevery=[-1], markersize=6, label="stopped" if stopped else "trained to the end")
+    ends = {line.get_label(): line for line in axes.lines}
+    axes.legend(handles=list(ends.values()), loc="lower right")
+    axes.set(xlabel="epoch", ylabel="validation accuracy, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def _draw_curves(axes: Axes, run: Run, what: str, look: dict[str, Any]) -> None:
     epochs, selection = run.history["epoch"], run.history[f"val_{what}"]
-    axes.plot(epochs, run.history[f"train_{what}"], "--", markerfacecolor="white", **look)
+    if what == "acc" or run.losses_compare or not run.selects_on:
+        axes.plot(epochs, run.history[f"train_{what}"], "--", markerfacecolor="white", **look)
     if run.selects_on:
         axes.plot(epochs, selection, "-", **look)
     if run.selects_on and run.metrics:

@@ -83,6 +83,11 @@ class Run:
         return {"val": "validation", "test-selected": "test"}.get(self.protocol)
 
     @property
+    def losses_compare(self) -> bool:
+        """Whether the training loss is the plain one, as the loss on other images is."""
+        return self.recipe["label_smoothing"] == 0 and self.recipe["teacher"] is None
+
+    @property
     def kind(self) -> str:
         """Recipe and protocol; where the epoch was selected on test, it says so."""
         return f"{self.recipe['name']} · {protocol_title(self.protocol)}"

@@ -384,10 +384,10 @@ def fit_table(run: Run, data: Data) -> pd.DataFrame:
     images, labels = (part[index] for part in splits.train)
     loss, accuracy = evaluate(load_pretrained(run.folder), images, labels, run.stats)
     metrics, sizes = run.metrics, run.config["split"]
-    plain = run.recipe["label_smoothing"] == 0 and run.recipe["teacher"] is None
     trained = run.history.set_index("epoch")["train_loss"][metrics["best_epoch"]]
-    rows = [  # another loss than the plain one can't be compared
-        ("training, augmented", sizes["train"], metrics["train_acc"], trained if plain else np.nan),
+    trained = trained if run.losses_compare else np.nan
+    rows = [
+        ("training, augmented", sizes["train"], metrics["train_acc"], trained),
         ("training, plain", len(index), accuracy, loss),
         ("validation", sizes["selection"], metrics["val_acc"], metrics["val_loss"]),
         ("test", sizes["test"], metrics["test_acc"], metrics["test_loss"]),
