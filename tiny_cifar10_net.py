@@ -130,9 +130,7 @@ def folded(model: nn.Module) -> Any:
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         unrolled: Any = getattr(module, "unrolled", None)
-        if unrolled is not None and not name:
-            model = unrolled()
-        elif unrolled is not None:
+        if unrolled is not None:
             model.set_submodule(name, unrolled())
     try:
         graph = torch.fx.Tracer().trace(model)

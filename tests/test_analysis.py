@@ -342,8 +342,7 @@ def test_metrics_table(write_run):
     runs = [write_run(test_acc=71.23), write_run("b", protocol="full"), write_run("c", finished=0)]
     table = analysis.metrics_table(runs)
     assert table["test_acc"][:2].tolist() == [71.23, 70.0] and math.isnan(table["test_acc"][2])
-    assert table["val_acc"].isna().tolist() == [False, True, True] and "minutes" not in table
-    assert analysis.metrics_table(runs[0], times=True)["minutes"][0] == 123 / 60
+    assert table["val_acc"].isna().tolist() == [False, True, True]
     assert analysis.runs_table(runs[1:])["val_acc"].isna().all()
     down = {row[""]: row for row in shown(table)}  # a column for each run
     assert down["parameters"]["a"] == "36,170" and down["parameters"]["c"] == "–"
@@ -713,22 +712,6 @@ def test_calibration_by_hand():
     assert (table["low"][0], table["high"][9]) == (0, 1)
 
 
-def test_calibration_against_a_plain_loop():
-    log_p, labels = random_predictions(500)
-    expected = 0.0
-    for b in range(15):
-        correct, sure = [], []
-        for row, label in zip(np.exp(log_p.astype(np.float64)), labels, strict=True):
-            if b / 15 < row.max() <= (b + 1) / 15:
-                correct.append(row.argmax() == label)
-                sure.append(row.max())
-        if correct:
-            expected += len(correct) / 500 * abs(np.mean(correct) - np.mean(sure))
-    table, ece = analysis.calibration(log_p, labels)
-    assert ece == pytest.approx(expected, abs=1e-12) and expected > 0.01
-    assert table["n"].sum() == 500
-
-
 def test_certainty_falls_into_the_last_bin():
     log_p = np.array([[1e-7, -50.0]], dtype=np.float32)  # rounding: a probability above 1
     table, ece = analysis.calibration(log_p, np.array([0]))
@@ -760,11 +743,11 @@ PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def test_effective_field_of_a_linear_chain_is_known_exactly():
-    images = np.zeros((3, 33, 33, 3), dtype=np.uint8)
+    images = np.zeros((9, 33, 33, 3), dtype=np.uint8)  # more than are looked at at once
     chain = Chain((1, 1, 1, 1))
     with torch.no_grad():
         chain.c1.weight[:, 1] *= -1  # a falling channel counts as much as a rising one
-    field = analysis.effective_receptive_field(chain, images, *PLAIN, chunk=2)
+    field = analysis.effective_receptive_field(chain, images, *PLAIN)
     # Four boxes of three convolved: the coefficients of (1 + x + x^2)^4, in both directions.
     line = np.array([1.0])
     for _ in range(4):
@@ -803,6 +786,8 @@ def test_published_networks():
     assert reference["multiply_adds"] == 17_330_816 and "chosen on test" in reference["how"]
     assert table["parameters"].dtype == "int64" and table["parameters"].between(1e4, 1e6).all()
     assert table["accuracy"].between(80, 95).all() and table["source"].notna().all()
+    small = table[table["parameters"] <= 40_000]
+    assert table["network"].is_unique and (small["accuracy"] > reference["accuracy"]).sum() >= 4
 
 
 # ---------------------------------------------------------------------------------------- figures

@@ -35,7 +35,6 @@ def test_an_opaque_image_is_scaled_and_cropped(mode):
     pixels = read_image(image)
     assert (pixels.dtype, pixels.shape) == (np.uint8, (32, 32, 3))
     assert np.array_equal(pixels, as_before(image))
-    assert read_image(image, side=8).shape == (8, 8, 3)
 
 
 def test_a_path_an_image_and_an_array_are_read_alike(tmp_path):

@@ -52,15 +52,14 @@ def executed(tmp_path_factory):
 
 
 def execute(names, folder):
-    settings = {"dataset": "shapes", "recipe": "quick", "protocol": "val", "seed": 0}
-    settings |= {"force": True, "device": "cpu"}
+    settings = {"dataset": "shapes", "force": True, "device": "cpu"}
     for name in names:
         into = folder / name if name in (TOUR, "study") else folder
         parameters = dict(SMALL[name])
         if name == "study":
             parameters["study"] = str(search_study(folder))
             searched(parameters["study"], into, load("shapes", limit=200))
-        arguments = [name], into, settings, parameters
+        arguments = [name], into, settings | parameters
         try:
             notebooks.run_notebooks(*arguments)
         except RuntimeError as error:
@@ -147,7 +146,7 @@ def test_a_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from tinycifar.notebooks import run_notebooks\n"
-        "run_notebooks(['training'], extra={'epochs': 0})\n"
+        "run_notebooks(['training'], parameters={'epochs': 0})\n"
     )
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert ended.stderr.endswith("epochs must be a whole number from 1 to 10,000; got 0\n")

@@ -71,14 +71,6 @@ def test_what_is_published_under_a_presets_name_is_of_that_preset():
         assert said == {f"{k}={run.recipe[k]}" for k in changed}, run.name
 
 
-def test_a_published_run_stands_for_the_base_of_a_study():
-    """If it is of that recipe, as results/quick is of the base of studies/ablation.yaml."""
-    first, *others = analysis.published_study("ablation")
-    assert first.folder == RESULTS / "quick"
-    assert first.recipe == asdict(load_study("studies/ablation.yaml").recipes[0])
-    assert all(run.folder.parent == publish.STUDIES / "ablation" for run in others)
-
-
 @pytest.mark.parametrize("name", STUDIES)
 def test_published_studies_hold_what_their_files_say(name):
     """But for runs with a field that was taken out since, which no file can name any more."""

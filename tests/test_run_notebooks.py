@@ -102,7 +102,7 @@ def another_python3(tmp_path, monkeypatch):
 def test_parameters_reach_the_notebook_and_prints_the_terminal(
     small, another_python3, tmp_path, capsys
 ):
-    run_notebooks(["count"], tmp_path / "a run", {"other": "not its own"}, {"n": 7})
+    run_notebooks(["count"], tmp_path / "a run", {"n": 7})
     assert f"counted 7 {sys.executable}" in capsys.readouterr().out
     notebook = (tmp_path / "a run" / "count.ipynb").read_text()
     assert "counted 7" in notebook
@@ -114,7 +114,7 @@ def test_a_failed_notebook_says_why_and_keeps_the_good_one(small, tmp_path):
     run_notebooks(["divide"], tmp_path / "run")
     good = (tmp_path / "run" / "divide.ipynb").read_bytes()
     with pytest.raises(RuntimeError, match=r"division by zero .ZeroDivisionError; see divide.runn"):
-        run_notebooks(["divide"], tmp_path / "run", {}, {"n": 0})
+        run_notebooks(["divide"], tmp_path / "run", {"n": 0})
     assert (tmp_path / "run" / "divide.ipynb").read_bytes() == good
 
 
@@ -136,7 +136,7 @@ def test_so_is_it_where_the_settings_are_checked(monkeypatch):
     """In a process of its own, where torch isn't there yet."""
     monkeypatch.setattr(notebooks, "_settle", dies)
     with pytest.raises(RuntimeError, match=r"memory ran out \(A process in the process pool was"):
-        notebooks._settle_apart({}, {}, {})
+        notebooks._settle_apart({}, {})
 
 
 def test_sigterm_ends_the_notebook_too(small, tmp_path, capsys):
@@ -158,11 +158,11 @@ def test_sigterm_ends_the_notebook_too(small, tmp_path, capsys):
 
 def test_an_unknown_name_stops_before_anything_runs(small, executed, tmp_path):
     with pytest.raises(ValueError, match=r"no parameter 'm' in count, divide; valid: n, run_dir"):
-        run_notebooks(["count", "divide"], tmp_path / "run", {}, {"m": 7})
+        run_notebooks(["count", "divide"], tmp_path / "run", {"m": 7})
     with pytest.raises(ValueError, match="no parameter 'epochs' in count"):
-        run_notebooks(["count"], tmp_path / "run", {}, {"epochs": 7})
+        run_notebooks(["count"], tmp_path / "run", {"epochs": 7})
     with pytest.raises(ValueError, match=r"no parameter 'epoch' in learn; valid: .*epochs.*width"):
-        run_notebooks(["learn"], tmp_path / "run", {}, {"epoch": 7})
+        run_notebooks(["learn"], tmp_path / "run", {"epoch": 7})
     with pytest.raises(ValueError, match=r"no notebook 'cuont'; valid: count, .*learn"):
         run_notebooks(["cuont"], tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -170,7 +170,7 @@ def test_an_unknown_name_stops_before_anything_runs(small, executed, tmp_path):
 
 def test_fields_of_a_recipe_become_changes(small, executed, tmp_path):
     extra = {"lr": 0.5, "epochs": 9, "n": 2, "changes": {"optimizer": "adamw"}}
-    run_notebooks(["learn", "count"], tmp_path / "run", {}, extra)
+    run_notebooks(["learn", "count"], tmp_path / "run", extra)
     (_, learn), (_, count) = executed
     assert learn["changes"] == {"optimizer": "adamw", "epochs": 9}
     assert learn["lr"] == 0.5, "the notebook has a parameter of that name"
@@ -183,9 +183,9 @@ def given(executed):
 
 def test_the_folder_is_named_after_what_is_trained(executed, monkeypatch, tmp_path):
     monkeypatch.setattr(run_directory, "new_run", lambda name: tmp_path / name)
-    run_notebooks(["training"], None, {"seed": 1}, {"epochs": 9, "limit": 200})
+    run_notebooks(["training"], None, {"seed": 1, "epochs": 9, "limit": 200})
     assert given(executed)["run_dir"] == str(tmp_path / "runs/quick-epochs=9-val-seed1")
-    run_notebooks(["training"], None, {}, {"epochs": 9, "changes": {"optimizer": "adamw"}})
+    run_notebooks(["training"], None, {"epochs": 9, "changes": {"optimizer": "adamw"}})
     assert given(executed)["run_dir"] == str(
         tmp_path / "runs/quick-epochs=9,optimizer=adamw-val-seed0"
     )
@@ -234,25 +234,23 @@ def a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "extra", "says"),
+    ("settings", "says"),
     [
-        ({"seed": 1}, {}, "seed is 0 there and 1 now"),
-        ({"recipe": "tuned"}, {}, "recipe.epochs is 8 there and 50 now"),
-        ({"dataset": "cifar10"}, {}, "dataset is 'shapes' there and 'cifar10' now"),
-        ({}, {"limit": 2000}, "limit is None there and 2000 now"),
+        ({"seed": 1}, "seed is 0 there and 1 now"),
+        ({"recipe": "tuned"}, "recipe.epochs is 8 there and 50 now"),
+        ({"dataset": "cifar10"}, "dataset is 'shapes' there and 'cifar10' now"),
+        ({"limit": 2000}, "limit is None there and 2000 now"),
     ],
 )
-def test_another_run_is_refused_before_its_notebooks_are_touched(
-    executed, a_run, settings, extra, says
-):
+def test_another_run_is_refused_before_its_notebooks_are_touched(executed, a_run, settings, says):
     with pytest.raises(run_directory.RunError, match=says):
-        run_notebooks(notebooks.ALL, a_run, settings, extra)
+        run_notebooks(notebooks.ALL, a_run, settings)
     assert not executed
 
 
 def test_a_run_of_these_settings_is_resumed(executed, a_run):
     run_notebooks(notebooks.ALL, a_run)
-    run_notebooks(["training"], a_run, {"dataset": "shapes"}, {"limit": 10_000})  # which is all
+    run_notebooks(["training"], a_run, {"dataset": "shapes", "limit": 10_000})  # which is all
     for page in ("analysis.html", "export.ipynb"):
         (a_run / page).write_text("of the run before")
     run_notebooks(notebooks.ALL, a_run, {"recipe": "tuned", "force": 1})

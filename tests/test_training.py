@@ -482,14 +482,6 @@ def test_a_finished_run_outlives_its_teacher(tiny, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1, "the run without a teacher wasn't to begin"
 
 
-def test_images_of_another_side_are_refused_before_anything_is_written(tiny, tmp_path):
-    wide = {f"{part}_images": getattr(tiny, f"{part}_images").repeat(2, 1).repeat(2, 2)
-            for part in ("train", "test")}  # fmt: skip
-    with pytest.raises(ValueError, match=r"^train_images must be .*got uint8 of shape \(200, 64"):
-        train(SMALL, tmp_path / "run", dataset=replace(tiny, **wide), progress=False)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_teacher_that_saw_more_is_refused(tiny, tmp_path):
     train(ONE_EPOCH, tmp_path / "t", protocol="full", dataset=tiny, progress=False)
     taught = get_recipe(SMALL, teacher=str(tmp_path / "t"))

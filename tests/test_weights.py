@@ -210,15 +210,6 @@ def test_predict_leaves_the_network_in_its_mode(model):
     assert torch.equal(before, model.state_dict()["c1.0.1.running_mean"])
 
 
-def test_predict_composes_what_is_transparent_on_white(model):
-    cut_out = np.zeros((40, 32, 4), dtype=np.uint8)
-    cut_out[10:20] = 90, 60, 30, 255
-    hidden = cut_out.copy()
-    hidden[cut_out[..., 3] == 0] = 255, 0, 255, 0
-    seen = np.where(cut_out[..., 3:], cut_out[..., :3], np.uint8(255))
-    assert predict(cut_out, model) == predict(hidden, model) == predict(seen, model)
-
-
 def test_predict_refuses_what_is_no_image(model, tmp_path):
     with pytest.raises(ValueError, match=r"float32 of shape \(1, 3, 32, 32\)"):
         predict(torch.zeros(1, 3, 32, 32), model)

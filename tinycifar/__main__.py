@@ -84,7 +84,7 @@ def notebook(
 
     settings: dict[str, Any] = {"recipe": recipe, "protocol": protocol, "dataset": dataset}
     settings |= {"seed": seed, "device": device, "force": force}
-    run_notebooks(names or ALL, run or None, settings, _values(parameters))
+    run_notebooks(names or ALL, run or None, settings | _values(parameters))
 
 
 @app.command(help="Train a network, without a notebook. -p changes a field of the recipe.")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinycifar.images import SIDE
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -36,8 +38,8 @@ class Field:
     field: int  # side of the receptive field
 
 
-def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
-    """Parameters and multiply-adds of each layer that has any, on (3, size, size) images.
+def layer_costs(model: nn.Module) -> list[LayerCost]:
+    """Parameters and multiply-adds of each layer that has any, for one 32 x 32 image.
 
     Multiply-adds are counted in convolutions and linear layers alone, as is usual: in inference a
     BatchNorm folds into the convolution before it. A layer that is called several times has as many
@@ -47,7 +49,7 @@ def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
         ValueError: a layer isn't called as a module, as in a fused network.
     """
     rows: list[LayerCost] = []
-    for name, module, out in _trace(model, size):
+    for name, module, out in _trace(model):
         again = any(row.name == name for row in rows)
         own = () if again else module.parameters(recurse=False)
         params, macs = sum(p.numel() for p in own if p.requires_grad), 0
@@ -60,7 +62,7 @@ def layer_costs(model: nn.Module, size: int = 32) -> list[LayerCost]:
     return rows
 
 
-def receptive_field(model: nn.Module, size: int = 32) -> list[Field]:
+def receptive_field(model: nn.Module) -> list[Field]:
     """Growth of the receptive field, a row a convolution or pool, up to the global average pool.
 
     Layer by layer field += (kernel - 1) * dilation * jump, then jump *= stride (Araujo et al.,
@@ -73,7 +75,7 @@ def receptive_field(model: nn.Module, size: int = 32) -> list[Field]:
     """
     rows: list[Field] = []
     field = jump = 1
-    for name, module, out in _trace(model, size):
+    for name, module, out in _trace(model):
         if isinstance(module, nn.AdaptiveAvgPool2d):
             break
         if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
@@ -89,7 +91,7 @@ def _side(value: int | tuple[int, ...]) -> int:
     return value if isinstance(value, int) else value[0]
 
 
-def _trace(model: nn.Module, size: int) -> list[tuple[str, nn.Module, Tensor]]:
+def _trace(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
     """(name, layer, its output) in the order of execution; `model` itself is left alone.
 
     Layers are modules that have parameters of their own, or nothing below them.
@@ -105,7 +107,7 @@ def _trace(model: nn.Module, size: int) -> list[tuple[str, nn.Module, Tensor]]:
         if module._parameters or not list(module.children()):
             module.register_forward_hook(partial(note, name))
     with torch.no_grad():
-        model(torch.zeros(1, 3, size, size))
+        model(torch.zeros(1, 3, SIDE, SIDE))
     missed = {n for n, m in model.named_modules() if m._parameters} - {n for n, *_ in seen}
     if missed:
         raise ValueError(

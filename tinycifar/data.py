@@ -130,43 +130,35 @@ def title(name: str, limit: int | None = None) -> str:
     return title if limit is None else f"{title}, {limit:,} training images"
 
 
-def split(
-    labels: np.ndarray, n_val: int | None = None, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Split stratified: every class gives the same share to validation, to the nearest image.
+def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split off a tenth for validation, of every class to the nearest image; always the same.
 
     Args:
         labels: integers (N,).
-        n_val: size of the validation part; None is 10 %, on CIFAR-10 500 of each class.
-        seed: which images; at least 0. The same seed gives the same split everywhere.
 
     Returns:
         Indices of the training and of the validation images, int64, each sorted.
 
     Raises:
-        ValueError: the labels aren't a list of integers, or the sizes leave a part that can't
-            hold one image of each class.
+        ValueError: the labels aren't a list of integers, or a tenth can't hold one image of each
+            class.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise _unlike("labels must be a one-dimensional array of integers", labels)
     classes, counts = np.unique(labels, return_counts=True)
-    needed = (10 if n_val is None else 2) * len(classes)
-    if len(labels) < needed or not len(labels):
+    if len(labels) < 10 * len(classes) or not len(labels):
         raise ValueError(
             f"{len(labels)} images of {len(classes)} classes can't be split into images to train "
-            f"on and {n_val or 'a tenth'} for validation: at least {needed} are needed"
+            f"on and a tenth for validation: at least {10 * len(classes)} are needed"
         )
-    n_val = len(labels) // 10 if n_val is None else n_val
-    check_whole("n_val", n_val, len(classes), len(labels) - len(classes))
-    check_whole("seed", seed, 0, 2**32 - 1)
-
-    # Largest remainders: the rounded shares add up to n_val.
+    # Largest remainders: the rounded shares add up to a tenth.
+    n_val = len(labels) // 10
     quota, remainder = np.divmod(counts * n_val, len(labels))
     quota[np.argsort(-remainder, kind="stable")[: n_val - quota.sum()]] += 1
 
     # Sorting random keys, where `permutation` would do, since NumPy may change the latter's stream.
-    order = np.argsort(np.random.default_rng(seed).random(len(labels)), kind="stable")
+    order = np.argsort(np.random.default_rng(0).random(len(labels)), kind="stable")
     quotas = zip(classes, quota, strict=True)
     val = np.concatenate([order[labels[order] == name][:k] for name, k in quotas])
     return np.setdiff1d(np.arange(len(labels)), val), np.sort(val)

@@ -402,10 +402,10 @@ def ort_session(model: Any) -> Any:
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def answers(session: Any, images: np.ndarray, batch_size: int = 250) -> np.ndarray:
+def answers(session: Any, images: np.ndarray) -> np.ndarray:
     """Probabilities of uint8 images (N, 32, 32, 3): float32 (N, classes)."""
-    parts = range(0, len(images), batch_size)
-    given = [session.run(None, {"images": images[i : i + batch_size]})[0] for i in parts]
+    parts = np.split(images, range(250, len(images), 250))
+    given = [session.run(None, {"images": part})[0] for part in parts]
     return np.concatenate(given)
 
 

@@ -34,13 +34,11 @@ _UPRIGHT = {
 _TO_8_BITS: dict[Any, float] = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
-def read_image(
-    image: str | os.PathLike[str] | Image.Image | np.ndarray, side: int = SIDE
-) -> np.ndarray:
-    """Any image as uint8 RGB pixels (side, side, 3).
+def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
+    """Any image as uint8 RGB pixels (32, 32, 3).
 
     It is turned upright by its EXIF orientation, composed on white where it is transparent, its
-    shorter side scaled to `side` (bicubic), and its centre cropped.
+    shorter side scaled to 32 (bicubic), and its centre cropped.
 
     Args:
         image: a path, a PIL image, or uint8 pixels of shape (H, W) or (H, W, 1), which are grey,
@@ -64,7 +62,7 @@ def read_image(
         )
     try:
         rgb = _as_rgb(image if isinstance(image, Image.Image) else Image.open(image))
-        return np.array(ImageOps.fit(rgb, (side, side), Image.Resampling.BICUBIC))
+        return np.array(ImageOps.fit(rgb, (SIDE, SIDE), Image.Resampling.BICUBIC))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise ValueError(
             f"{name} is too large to be read: shrink it to 80 megapixels or fewer"

@@ -1,6 +1,6 @@
 """Notebooks run headless, in order, into one run directory.
 
-    run_notebooks(["stats", "training", "analysis"], extra={"epochs": 5})
+    run_notebooks(["stats", "training", "analysis"], parameters={"epochs": 5})
 
 papermill does the work. Added to it: parameter names are checked (papermill only warns of a wrong
 one), the fields of a recipe count as parameters, a failed notebook never replaces a good one, and
@@ -41,16 +41,14 @@ Parameters = dict[str, Any]
 def run_notebooks(
     names: Iterable[str] = ALL,
     run_dir: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    extra: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> None:
     """Execute notebooks/<name>.ipynb for each name, the executed copies going into `run_dir`.
 
     Args:
         run_dir: the run directory; None: what `train` would choose, or runs/tour for the tour.
-        settings: changes of SETTINGS, for each notebook that has a parameter of that name.
-        extra: other parameters, which at least one of the notebooks must have; for a notebook that
-            has `changes`, fields of a recipe too.
+        parameters: changes of SETTINGS, and others, which at least one of the notebooks must have;
+            for a notebook that has `changes`, fields of a recipe too.
 
     Raises:
         ValueError: no such notebook or parameter, or a setting that training would refuse; the
@@ -61,11 +59,11 @@ def run_notebooks(
     """
     names = list(names)
     declared = {name: _declared_parameters(name) for name in names}
-    given = {**SETTINGS, **(settings or {}), "run_dir": run_dir}, dict(extra or {})
+    given = {**SETTINGS, "run_dir": run_dir, **(parameters or {})}
     command = getattr(sys.modules["__main__"].__spec__, "name", "") == "tinycifar.__main__"
     # A spawned process imports the main module: a script may lack the guard, the command has it.
     apart = command and "torch" not in sys.modules
-    folder, parameters = (_settle_apart if apart else _settle)(declared, *given)
+    folder, settled = (_settle_apart if apart else _settle)(declared, given)
     started = time.time() - 1  # the times of files are coarse
     warnings.filterwarnings("ignore", module="papermill|nbclient|nbformat")
     log = logging.getLogger("papermill")
@@ -74,15 +72,15 @@ def run_notebooks(
     try:
         for name in names:
             print(f"notebooks/{name}.ipynb -> {shown(folder)}/{name}.ipynb", flush=True)
-            _execute(name, folder, parameters[name])
-            if parameters[name].get("force"):
+            _execute(name, folder, settled[name])
+            if settled[name].get("force"):
                 for page in ("analysis", "export"):  # of the run that was there before
                     for kind in ("ipynb", "html"):
                         (folder / f"{page}.{kind}").unlink(missing_ok=True)
     except BaseException as error:
         metrics = folder / "metrics.json"
         trained = metrics.is_file() and metrics.stat().st_mtime >= started
-        if trained and any(given.get("force") for given in parameters.values()):
+        if trained and any(given.get("force") for given in settled.values()):
             error.add_note(
                 "the new run is trained: leave out FORCE=1, which would train it once more"
             )
@@ -105,9 +103,7 @@ def _declared_parameters(name: str) -> set[str]:
         raise ValueError(f"{file} is not a notebook: {str(error)[:200]}") from error
 
 
-def _settle(
-    declared: dict[str, set[str]], settings: Parameters, extra: Parameters
-) -> tuple[Path, dict[str, Parameters]]:
+def _settle(declared: dict[str, set[str]], given: Parameters) -> tuple[Path, dict[str, Parameters]]:
     """The run directory, and the parameters of each notebook; both checked."""
     from tinycifar.checks import check_choice
     from tinycifar.data import DATASETS, SIZES
@@ -118,14 +114,13 @@ def _settle(
     valid = set().union(*declared.values())
     recipes = {field.name for field in fields(Recipe)} if "changes" in valid else set()
     # What has an option of its own may be given as a parameter as well.
-    if unknown := sorted(extra.keys() - valid - recipes - SETTINGS.keys() - {"run_dir"}):
+    if unknown := sorted(given.keys() - valid - recipes - SETTINGS.keys() - {"run_dir"}):
         choice = ", ".join(sorted(valid | recipes))
         raise ValueError(f"no parameter {unknown[0]!r} in {', '.join(declared)}; valid: {choice}")
-    given = {"changes": {}, **settings, **extra}
     if given["force"] not in (0, 1):  # True and False are these two
         raise ValueError(f"force must be 0 or 1, not {given['force']!r}")
     given["force"] = bool(given["force"])
-    changes = given.pop("changes")
+    changes = given.pop("changes", {})
     if not isinstance(changes, dict):
         raise ValueError(f"changes must be a mapping of a recipe's fields; got {changes!r}")
     single = {name: given.pop(name) for name in list(given) if name in recipes - valid}

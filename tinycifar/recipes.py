@@ -87,30 +87,20 @@ class Recipe:
                 check_flag(field.name, getattr(self, field.name))
         for name, valid in _CHOICES.items():
             check_choice(name, getattr(self, name), valid)
-        if not isinstance(self.policy, str):
-            raise ValueError(
-                f"policy must be the name of one in augment.POLICIES, where you can add your own; "
-                f"got {self.policy!r}"
-            )
+        for name, (kind, what) in _TEXTS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} must be {what}; got {value!r}")
         flips = augment.get_policy(self.policy).flip > 0
         if self.alternate_flip and (self.build != "batched" or not flips):
             raise ValueError(
                 "alternate_flip takes build 'batched' and a policy that flips; got build "
                 f"{self.build!r} and policy {self.policy!r}"
             )
-        if not isinstance(self.network, str):
-            raise ValueError(
-                f"network must be 'tiny', a layout or 'module:Class', as text; got {self.network!r}"
-            )
         if self.int8 and ":" in self.network:
             raise ValueError(f"int8 takes a network of this package; got {self.network!r}")
         if self.network != "tiny" and ":" not in self.network:
             with torch.device("meta"):  # where no random numbers are drawn
                 make_network(10, self.model_options)  # raises if it can't be built
-        if not isinstance(self.teacher, str | None):
-            raise ValueError(
-                f"teacher must be a run's name or path, as text, or None; got {self.teacher!r}"
-            )
         if self.int8 and (self.teacher is None or self.precision != "float32"):
             raise ValueError(
                 "int8 takes a teacher, whose weights it starts from, and precision 'float32'; got "
@@ -175,6 +165,11 @@ _CHOICES = {
     "schedule": ("plateau", "one_cycle", "cosine", "constant"),
     "precision": ("float32", "bfloat16"),
     "build": augment.BUILDS,
+}
+_TEXTS: dict[str, tuple] = {
+    "policy": (str, "the name of one in augment.POLICIES, where you can add your own"),
+    "network": (str, "'tiny', a layout or 'module:Class', as text"),
+    "teacher": (str | None, "a run's name or path, as text, or None"),
 }
 _CAN_BE_NONE = [field.name for field in fields(Recipe) if "None" in str(field.type)]
 

@@ -351,7 +351,9 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         RunError: the storage was made for something else, or can't be used.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(plan.folder), reachable(plan.url):
+    busy = f"{plan.folder} has been locked for ten minutes by another process"
+    # One process at a time, of all that share the folder, makes and fills a storage.
+    with locked(plan.folder / ".lock", busy, timeout=600), reachable(plan.url):
         whole, *search = plan.studies()
         there = {trial.user_attrs["run"]: trial for trial in latest(whole).values()}
         wanted = {
@@ -402,14 +404,6 @@ def _queue_again(study: optuna.Study, trial: FrozenTrial, afresh: bool = False) 
         trial = copy.deepcopy(trial)
         trial.system_attrs |= {"failed_trial": original(trial), "retry_history": []}
     RetryHeartbeatStaleTrialCallback(RETRIES)(study, trial)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time, of all that share the folder, makes and fills a storage."""
-    busy = f"{folder} has been locked for ten minutes by another process"
-    with locked(folder / ".lock", busy, timeout=600):
-        yield
 
 
 # --------------------------------------------------------------------------------------- a worker

@@ -144,7 +144,6 @@ def effective_receptive_field(
     images: np.ndarray,
     mean: Sequence[float],
     std: Sequence[float],
-    chunk: int = 8,
 ) -> np.ndarray:
     """How much each input pixel moves the centre of the last feature map: float64 (S, S).
 
@@ -157,7 +156,6 @@ def effective_receptive_field(
         model: a network whose last feature map goes into `model.gap`; left as it was.
         images: uint8 (N, S, S, 3), N at least 1.
         mean, std: the channel statistics that it was trained with, of 0..1 pixels.
-        chunk: how many images at a time; a matter of memory only.
 
     Raises:
         ValueError: images of another dtype or shape.
@@ -170,7 +168,7 @@ def effective_receptive_field(
     last: list[Tensor] = []
     gap: Any = model.gap
     with eval_mode(model), gap.register_forward_pre_hook(lambda _, x: last.append(x[0])):
-        for part in torch.as_tensor(images).split(chunk):
+        for part in torch.as_tensor(images).split(8):  # a matter of memory only
             pixels = augment.normalised(part.to(device), mean, std).requires_grad_()
             model(pixels)
             features = last.pop()

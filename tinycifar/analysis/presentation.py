@@ -70,7 +70,7 @@ _FORMATS = {
     r"share": "{:.1f} %",
     r"times_fewer.*": "{:.1f}",
     r"(mean|std)_[rgb]": "{:z.3f}",
-    r"minutes|images_per_second": "{:,.0f}",
+    r"minutes": "{:,.0f}",
     r"lr": "{:.2g}",
     r"n": "n = {}",
 }

@@ -222,17 +222,15 @@ def _as_called(study: Study, run: Run) -> Run | None:
 
 
 def load_search(
-    study: str | PathLike[str] | Study,
-    folder: str | PathLike[str] | None = None,
-    storage: str | None = None,
+    study: str | PathLike[str] | Study, folder: str | PathLike[str] | None = None
 ) -> optuna.Study:
-    """The search of a study, as Optuna has it.
+    """The search of a study, as Optuna has it; from TINYCIFAR_STORAGE, else SQLite's in the folder.
+
+    (An argument in a notebook would be no place for a password.)
 
     Args:
         study: the path of a study file, or what `load_study` made of it.
         folder: that of its runs; None: runs/<name of the file>.
-        storage: the URL of its database; None: TINYCIFAR_STORAGE, else SQLite's in the folder.
-            (A notebook is no place for a password.)
 
     Raises:
         FileNotFoundError: it isn't there. ValueError: the study has no search.
@@ -242,8 +240,8 @@ def load_search(
     if study.search is None:
         raise ValueError(f"the study {study.name!r} has no search")
     file = absolute(folder or f"runs/{study.name}") / trials.DATABASE
-    storage = storage or os.environ.get("TINYCIFAR_STORAGE") or None
-    if storage is None and not file.is_file():
+    storage = os.environ.get("TINYCIFAR_STORAGE")
+    if not storage and not file.is_file():
         raise FileNotFoundError(f"no search at {file}: begin it with make sweep STUDY=...")
     url = storage or trials.sqlite_url(file.as_uri(), mode="ro", uri="true")  # nothing is written
     with trials.reachable(url):

@@ -82,17 +82,13 @@ def _used(recipe: Recipe) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- of runs
 
 
-def metrics_table(runs: Run | Iterable[Run], times: bool = False) -> pd.DataFrame:
+def metrics_table(runs: Run | Iterable[Run]) -> pd.DataFrame:
     """A row for each run: what it is, and what came out, NaN while it isn't finished.
-
-    Args:
-        times: also how long it took, and where: what differs when it is repeated.
 
     Returns:
         run, recipe, data, protocol, seed, train_images, selection_images, test_images, parameters,
         multiply_adds, epochs (done), epochs_planned, selects_on, best_epoch, train_acc, val_acc,
-        val_loss (on validation, nothing else), test_acc, test_loss, test_acc_tta; with `times`
-        minutes, images_per_second, device, torch, git_commit.
+        val_loss (on validation, nothing else), test_acc, test_loss, test_acc_tta.
 
     Raises:
         ValueError: no run at all.
@@ -100,12 +96,10 @@ def metrics_table(runs: Run | Iterable[Run], times: bool = False) -> pd.DataFram
     runs = as_list(runs)
     if not runs:
         raise ValueError("there is no run to show: pass one or more, as load_run gives them")
-    table = pd.DataFrame(map(_metrics, runs)).reindex(columns=[*_COLUMNS, *_MEASURED, *_TIMES])
+    table = pd.DataFrame(map(_metrics, runs)).reindex(columns=[*_COLUMNS, *_MEASURED])
     table = table.astype(dict.fromkeys(_MEASURED, float))
     for name in ("val_acc", "val_loss"):  # those of test-selected were measured on test
         table[name] = table[name].where(table["selects_on"] == "validation")
-    if not times:
-        table = table.drop(columns=_TIMES)
     table.attrs["vertical"] = True
     return table
 
@@ -113,7 +107,6 @@ def metrics_table(runs: Run | Iterable[Run], times: bool = False) -> pd.DataFram
 _COLUMNS = ["run", "recipe", "data", "protocol", "seed", "train_images", "selection_images"]
 _COLUMNS += ["test_images", *_COSTS, "epochs", "epochs_planned", "selects_on", "best_epoch"]
 _MEASURED = ["train_acc", "val_acc", "val_loss", "test_acc", "test_loss", "test_acc_tta"]
-_TIMES = ["minutes", "images_per_second", "device", "torch", "git_commit"]
 
 
 def _metrics(run: Run) -> dict[str, Any]:
@@ -130,7 +123,6 @@ def _metrics(run: Run) -> dict[str, Any]:
         "epochs": run.epochs,
         "epochs_planned": run.recipe["epochs"],
         "selects_on": run.selects_on,
-        "minutes": metrics.get("seconds_train", np.nan) / 60,
     }
 
 
@@ -138,10 +130,11 @@ def _pooled(runs: list[Run], **more: list[Any]) -> tuple[pd.DataFrame, list[str]
     """A row for each run, `pool` the same where they are alike but for their seed.
 
     Returns:
-        metrics_table with times, pool and the columns of `more`, finished runs first; and the names
-        of the runs that are left out, as their seed came before.
+        metrics_table with minutes, pool and the columns of `more`, finished runs first; and the
+        names of the runs that are left out, as their seed came before.
     """
-    table = metrics_table(runs, times=True).assign(**more)
+    seconds = [(run.metrics or {}).get("seconds_train", np.nan) for run in runs]
+    table = metrics_table(runs).assign(minutes=np.array(seconds) / 60, **more)
     keys = (run.pool_key if run.metrics else f"unfinished {i}" for i, run in enumerate(runs))
     table["pool"], table["finished"] = list(keys), [run.metrics is not None for run in runs]
     repeated = table.duplicated(["pool", "seed"])
@@ -534,19 +527,16 @@ def _undilated(model: nn.Module) -> nn.Module:
 # ------------------------------------------------------------------------------- of augmentation
 
 
-def batch_check(
-    data: Data, policy: str | augment.Policy, seed: int = 0, n: int = 10_000
-) -> pd.DataFrame:
+def batch_check(data: Data, policy: str | augment.Policy, seed: int = 0) -> pd.DataFrame:
     """Channel mean and std of normalised training images: without augmentation, and with it.
 
-    Measured on the first `n` images, and normalised by the statistics of all, so that the first
+    Measured on the first 10,000 images, and normalised by the statistics of all, so that the first
     row must be close to 0 and 1.
 
     Returns:
         policy, mean_r, mean_g, mean_b, std_r, std_g, std_b.
     """
-    check_whole("n", n, 1)
-    images, stats = data.train_images[:n], channel_stats(data.train_images)
+    images, stats = data.train_images[:10_000], channel_stats(data.train_images)
     name = policy if isinstance(policy, str) else "the policy"
     chosen = {"none": augment.POLICIES["none"], name: augment.get_policy(policy)}
     rows = [normalised_moments(images, how, stats, seed).ravel() for how in chosen.values()]
