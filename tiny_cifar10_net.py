@@ -144,7 +144,8 @@ def folded(model: nn.Module) -> Any:
         if not isinstance(norm, nn.BatchNorm2d) or before not in calls or len(before.users) > 1:
             continue
         conv: Any = model.get_submodule(before.target)
-        if isinstance(conv, nn.Conv2d) and times[node.target] == times[before.target] == 1:
+        plain = type(conv) is nn.Conv2d and norm.running_mean is not None
+        if plain and times[node.target] == times[before.target] == 1:
             conv = fuse_conv_bn_eval(conv, norm).requires_grad_()  # also the bias, which is new
             model.set_submodule(before.target, conv)
             model.set_submodule(str(node.target), nn.Identity())

@@ -15,7 +15,7 @@ from torch import nn
 import augment
 from tiny_cifar10_net import folded
 from tinycifar import load, load_pretrained, quantise
-from tinycifar.data import DataSplits
+from tinycifar.data import DataSplits, some_of
 from tinycifar.evaluation import evaluate
 from tinycifar.export import CALIBRATION
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Evaluate the default weights with simulated int8 in several ways, and the recipe `int8`."""
     network, splits = load_pretrained(), DataSplits(load("cifar10"), "val")
-    images = splits.train[0][splits.train_index[:CALIBRATION]]
+    images = splits.train[0][some_of(splits.train_index, CALIBRATION)]
     batches = augment.normalised(images, network.mean, network.std).split(64)
     convs = {n: m for n, m in folded(network).named_modules() if isinstance(m, nn.Conv2d)}
     first, *_, head = convs

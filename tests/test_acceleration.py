@@ -46,8 +46,39 @@ class Unusual(nn.Module):
         return self.head(self.gap(self.act(x + self.bn(x)))).flatten(1).log_softmax(dim=1)
 
 
+class Standardised(nn.Conv2d):
+    """A convolution that computes something of its own."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((2, 3), keepdim=True)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Frozen(nn.Module):
+    """Its BatchNorm stays in eval mode when it is trained, and its convolutions are subclasses."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn, self.act = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+        options = {"padding": 2, "dilation": 2, "groups": 8, "bias": False}
+        self.own = Standardised(8, 8, 3, **options)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, **options))
+        self.gap, self.head = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 10, 1)
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+    def forward(self, x):
+        x = self.normed(self.own(self.act(self.bn(self.stem(x)))))
+        return self.head(self.gap(x)).flatten(1).log_softmax(dim=1)
+
+
 NETWORKS = {
     "unusual": Unusual,
+    "frozen": Frozen,
     "tiny": lambda: NetCIFAR10_Tiny(width=0.25),
     "standard convolutions": lambda: NetCIFAR10_Tiny(width=0.25, separable=False),
     "blueprint": lambda: BlueprintNet(layout="4 8s2 8d2"),

@@ -529,8 +529,8 @@ def test_the_fit_table_evaluates_what_was_trained_on(trained, tiny, write_run):
     metrics, best = trained.metrics, trained.metrics["best_epoch"]
     assert augmented_["accuracy"] == metrics["train_acc"] and augmented_["n_images"] == 180
     assert augmented_["loss"] == trained.history["train_loss"][best - 1]
-    index = datasets.split(tiny.train_labels)[0][:40]  # as many as there are test images
-    images, labels = tiny.train_images[index], tiny.train_labels[index]
+    chosen = datasets.some_of(datasets.split(tiny.train_labels)[0], 40)  # as many as test images
+    images, labels = tiny.train_images[chosen], tiny.train_labels[chosen]
     loss, accuracy = evaluate(load_pretrained(trained.folder), images, labels, trained.stats)
     assert (plain["n_images"], plain["accuracy"], plain["loss"]) == (40, accuracy, loss)
     assert (validation["accuracy"], test["loss"]) == (metrics["val_acc"], metrics["test_loss"])
@@ -645,6 +645,13 @@ def test_a_chain_of_blocks_is_shown_by_the_size_of_its_maps():
     assert [t.get_text().replace("\n", ", ") for t in ticks] == stages
     labels = [t.get_text() for t in analysis.plot_receptive_field(net).axes[0].get_xticklabels()]
     assert labels[2] == "1.dw\nstride 2"
+
+
+def test_layers_of_ones_own_network_are_called_what_they_are():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1))
+    net.extend([nn.Flatten(), nn.Linear(8, 10)])
+    layers = analysis.layer_table(net).iloc[[1, -1]]
+    assert layers[["kind", "channels"]].to_numpy().tolist() == [["GroupNorm", 8], ["Linear", 10]]
 
 
 def test_which_positions_see_the_whole_image_by_their_gradients():

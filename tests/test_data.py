@@ -426,6 +426,15 @@ def test_split_is_stratified_and_repeatable():
     assert np.array_equal(val, split(labels)[1])
 
 
+def test_a_part_of_sorted_images_has_all_classes():
+    labels = np.repeat(np.arange(10), 100)
+    index = np.flatnonzero(labels > 2)
+    some = data.some_of(index, 70)
+    assert len(set(some)) == 70 and set(labels[some]) == set(range(3, 10))
+    assert np.array_equal(some, np.sort(data.some_of(torch.from_numpy(index), 70)))
+    assert np.array_equal(data.some_of(index, 10_000), index)
+
+
 def test_split_never_changes():
     """Published runs were selected on it."""
     labels = np.arange(60) % 3

@@ -128,11 +128,11 @@ def test_convolutions_are_float32_whatever_the_caller_set(library, low):
 
 
 def test_matrix_products_are_float32_whatever_the_caller_set():
-    matmul = torch.backends.mkldnn.matmul
+    matmul, on_cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("medium")
     try:
         with full_precision():
-            assert matmul.fp32_precision == "ieee"
+            assert matmul.fp32_precision == on_cuda.fp32_precision == "ieee"
         assert matmul.fp32_precision == "bf16" and torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

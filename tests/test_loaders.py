@@ -90,6 +90,13 @@ def test_any_number_of_workers_gives_the_same_bits(tiny, build):
                 assert torch.equal(images, images2) and torch.equal(labels, labels2)
 
 
+def test_batches_draw_nothing_from_the_networks_stream(tiny):
+    batches = loader(get_recipe(SMALL, build="torchvision"), tiny)
+    state = torch.get_rng_state()
+    list(batches.epoch(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("build", SAMPLERS)
 def test_a_worker_has_the_policy_that_the_run_has(tiny, build, monkeypatch):
     """A spawned process has only the policies of augment.py."""

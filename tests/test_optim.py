@@ -89,6 +89,19 @@ def test_a_filter_on_the_only_channel_counts_as_mixing():
     assert left == {id(p) for p in net.parameters()} - taken
 
 
+def test_muon_leaves_a_layer_that_a_step_didnt_use():
+    net = channels_last()
+    recipe = get_recipe("baseline", optimizer="muon", weight_decay=0.0)
+    _, muon = optim.optimizers(recipe, net)
+    net(torch.rand(4, 3, 16, 16).to(memory_format=torch.channels_last))[:, 0].sum().backward()
+    muon.step()
+    before = [weight.detach().clone() for weight in muon.weights]
+    muon.weights[0].grad = None
+    muon.step()
+    moved = [not torch.equal(*pair) for pair in zip(before, muon.weights, strict=True)]
+    assert not moved[0] and all(moved[1:])
+
+
 def test_muon_moves_what_mixes_channels_equally_far_in_all_directions():
     net = channels_last()
     recipe = get_recipe("baseline", optimizer="muon", muon_lr=0.01, weight_decay=0.0)

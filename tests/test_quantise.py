@@ -85,6 +85,17 @@ def test_all_but_the_first_and_the_last_are_in_int8(net):
     assert errors["alone"].between(0, 10).all() and errors["alone"].min() > 0
 
 
+def test_a_convolution_of_ones_own_stays_in_float():
+    class Halved(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    net = BlueprintNet(layout=NETWORK)
+    net.blocks[0].pw = Halved(4, 8, 1, bias=False)
+    int8 = simulated_int8(net.eval())
+    assert type(int8.blocks[0].pw) is Halved and isinstance(int8.blocks[0].dw, Int8Conv)
+
+
 def test_a_folded_network_keeps_its_relus_in_the_twin():
     net = folded(trained(NetCIFAR10_Tiny(width=0.25))).train()
     x = torch.randn(4, 3, 16, 16)

@@ -277,6 +277,27 @@ def test_a_study_can_leave_the_test_set_alone(write, tiny, tmp_path, capsys, one
     assert [m["val_acc"] for m in added] == [m["val_acc"] for m in without]
 
 
+@pytest.mark.parametrize(("protocol", "what"), [("full", "training"), ("test-selected", "test")])
+def test_a_line_says_which_accuracy_it_gives(tiny, tmp_path, capsys, protocol, what):
+    options = {"protocol": protocol, "dataset": tiny, "folder": tmp_path, "jobs": 1, "test": False}
+    train_many([ONE_EPOCH], **options)
+    assert f"one-{protocol}-seed0  {what} " in capsys.readouterr().out
+    train_many([ONE_EPOCH], **options)
+    assert f"one-{protocol}-seed0  kept: not tested, shapes" in capsys.readouterr().out
+
+
+def test_a_worker_that_leaves_the_test_set_alone_is_noticed(tiny, tmp_path, monkeypatch):
+    def another_worker(plan, *_):  # of the same study, begun before a line was taken out of it
+        train(ONE_EPOCH, tmp_path / "one-val-seed0", dataset=tiny, progress=False, test=False)
+
+    options = {"dataset": tiny, "folder": tmp_path, "jobs": 1, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(studies.trials, "train_queued", another_worker)
+        with pytest.raises(RunError, match=r"one-val-seed0: trained by a worker that was told"):
+            train_many([ONE_EPOCH], **options)
+    assert train_many([ONE_EPOCH], **options)[0]["test_acc"] is not None
+
+
 def test_a_failure_stops_no_other_run(tiny, tmp_path):
     damaged, config = tmp_path / "damaged-val-seed0", settle(DAMAGED, dataset=tiny).config
     damaged.mkdir()

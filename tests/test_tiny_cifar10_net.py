@@ -230,6 +230,24 @@ def test_fuse_keeps_tensors_apart():
     assert len(list(fused.parameters())) == 6, "what is used twice is there once"
 
 
+class Particular(nn.Module):
+    """A convolution whose weight is computed, and a BatchNorm without running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+        self.bn = nn.BatchNorm2d(4)
+        self.conv, self.batch = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.batch(self.conv(self.bn(self.computed(x))))
+
+
+def test_folding_leaves_what_it_cant_fold():
+    net, x = Particular().eval(), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(folded(net)(x), net(x), rtol=0, atol=1e-5)
+
+
 def test_fuse_folds_by_what_the_graph_says():
     net, x = Shuffled().to(memory_format=torch.channels_last).eval(), torch.randn(2, 3, 8, 8)
     kept = {name for name, m in folded(net).named_modules() if isinstance(m, nn.BatchNorm2d)}

@@ -133,7 +133,7 @@ def accelerated(
     norms = norms and model.training and _a_relu_follows_each_norm(model)
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d) and is_depthwise(child):
+            if type(child) is nn.Conv2d and is_depthwise(child):  # a subclass computes its own
                 setattr(parent, name, _fast_depthwise(child, precision))
             elif norms and isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, NormReLU(child))
@@ -161,7 +161,16 @@ def _a_relu_follows_each_norm(model: nn.Module) -> bool:
     norms = [list(node.users) for node in graph.nodes if kind(node) is nn.BatchNorm2d]
     relus = [node for node in graph.nodes if kind(node) is nn.ReLU]
     followed = [users[0] for users in norms if len(users) == 1 and users[0] in relus]
-    return len(followed) == len(norms) == len(relus) > 0
+    plain = all(
+        type(m) is nn.BatchNorm2d
+        and m.training  # not one that its network keeps frozen
+        and m.affine
+        and m.track_running_stats
+        and m.momentum is not None
+        for m in model.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    )
+    return plain and len(followed) == len(norms) == len(relus) > 0
 
 
 def _fast_depthwise(conv: nn.Conv2d, precision: torch.dtype) -> nn.Module:

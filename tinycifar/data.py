@@ -280,6 +280,12 @@ def channel_stats(images: np.ndarray, index: np.ndarray | None = None) -> Stats:
     )
 
 
+def some_of(index: np.ndarray | Tensor, n: int) -> np.ndarray:
+    """So many of them at most, sorted: the same ones each time, however the classes are ordered."""
+    order = np.random.default_rng(0).random(len(index)).argsort(kind="stable")
+    return np.sort(np.asarray(index)[order[:n]])
+
+
 def _unlike(expected: str, array: np.ndarray | Tensor) -> ValueError:
     return ValueError(f"{expected}; got {_dtype(array)} of shape {tuple(array.shape)}.")
 

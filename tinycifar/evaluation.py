@@ -90,6 +90,7 @@ _SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (_CUDNN.conv, "fp32_precision", "ieee"),  # by default rounded to TF32
     (_CUDNN, "deterministic", True),
     (_CUDNN, "benchmark", False),
+    (torch.backends.cuda.matmul, "fp32_precision", "ieee"),  # of linear layers
     (_MKLDNN.conv, "fp32_precision", "ieee"),
     (_MKLDNN.matmul, "fp32_precision", "ieee"),  # of 1x1 convolutions as well
 )

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny, folded
 from tinycifar.checks import DataUnavailable
-from tinycifar.data import DATASETS, Data, DataSplits, Stats, load
+from tinycifar.data import DATASETS, Data, DataSplits, Stats, load, some_of
 from tinycifar.evaluation import log_probabilities
 from tinycifar.images import SIDE
 from tinycifar.paths import DEFAULT, RESULTS, absolute, shown
@@ -231,7 +231,7 @@ def int8_network(run: str | Path, data: Data) -> Any:
         return load_network(int8_source)
     network = load_network(source)
     splits = DataSplits(data, source.config()["protocol"])
-    images = splits.train[0][splits.train_index[:CALIBRATION]]
+    images = splits.train[0][some_of(splits.train_index, CALIBRATION)]
     model = simulated_int8(network)
     calibrate(model, augment.normalised(images, network.mean, network.std).split(64))
     return model
@@ -351,7 +351,7 @@ def _with_onnx_modules(network: nn.Module) -> nn.Module:
                 setattr(parent, name, _OnnxConv(child))
             elif isinstance(child, Quantiser):
                 setattr(parent, name, _OnnxQuantiser(child))
-            elif isinstance(child, nn.AdaptiveAvgPool2d):
+            elif isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size in (1, (1, 1)):
                 setattr(parent, name, _Mean())
     return network
 

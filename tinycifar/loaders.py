@@ -107,6 +107,9 @@ class PerSampleLoader(Loader):
             sampler=self.items,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            # What it draws for its workers, once or each epoch, isn't to come from the stream of
+            # the network's own draws. (Nothing here uses it.)
+            generator=torch.Generator(),
         )
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

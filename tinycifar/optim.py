@@ -79,6 +79,7 @@ class _Muon(torch.optim.Muon):
 
     def step(self) -> None:  # type: ignore[override]  # no closure: nobody here has one
         for matrix, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
+            matrix.grad = None  # of a layer that this step didn't use
             if weight.grad is not None:
                 gradient = weight.grad.contiguous(memory_format=torch.channels_last)
                 matrix.grad = _matrix(gradient)

@@ -112,6 +112,7 @@ def simulated_int8(model: nn.Module, exact: Collection[str] | None = None) -> An
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     first, *_, head = convs
     padded = {name for name, conv in convs.items() if conv.padding_mode != "zeros"}
+    padded |= {name for name, conv in convs.items() if type(conv) is not nn.Conv2d}
     for name in convs.keys() - set((first, head) if exact is None else exact) - padded:
         model.set_submodule(name, Int8Conv(convs[name]))
     model.gap = nn.Sequential(Quantiser(), model.get_submodule("gap"))

@@ -420,6 +420,11 @@ class _Sweep:
             trials.queue(plan, waiting)
             jobs = self.jobs or _most_jobs(experiments[0].device, self.threads)
             trials.train_queued(plan, jobs, self.progress)
+            if left := [run.path.name for run in runs if not trials.is_done(run, self.test)]:
+                raise RunError(
+                    f"{', '.join(left)}: trained by a worker that was told to leave the test set "
+                    "alone; the same command adds the figures on test"
+                )
         return [run.metrics() for run in runs]
 
     def check_trials_are_here(self, name: str, search: Search) -> None:
@@ -458,4 +463,5 @@ def _outcome(run: RunDirectory) -> str:
     metrics = run.metrics()
     where = "validation" if metrics["protocol"] == "val" else "test"
     accuracy = metrics["val_acc" if where == "validation" else "test_acc"]
-    return f"{where} {accuracy:.2f} % on {title(metrics['dataset'], metrics['limit'])}"
+    on = title(metrics["dataset"], metrics["limit"])
+    return f"{where} {accuracy:.2f} % on {on}" if accuracy is not None else f"not tested, {on}"

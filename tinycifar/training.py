@@ -267,7 +267,8 @@ def train(
             run ends there and is finished, with `cut_short` in metrics.json. An exception that it
             raises ends the call and leaves the run unfinished.
         test: False leaves the test set alone, as a search does: what metrics.json holds of it is
-            None, until the same call with True adds it.
+            None, until the same call with True adds it. (Under `test-selected` the epoch is chosen
+            on test all the same.)
 
     Returns:
         What metrics.json holds. Accuracies are percentages.
@@ -600,6 +601,8 @@ def _seed(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _require_finite(value: float, what: str) -> None:

@@ -660,7 +660,8 @@ def _watch(plan: Plan, workers: list[subprocess.Popen], progress: bool) -> None:
                 trials = plan.asked_for(studies)
                 # What failed may be queued again within the moment.
                 ended = [(s, t) for s, t in trials if t.state in _GOOD or not working]
-                lines = {(s.study_name, original(t)): _outcome(t) for s, t in ended}
+                where = _MEANT[plan.settings["protocol"]]
+                lines = {(s.study_name, original(t)): _outcome(t, where) for s, t in ended}
                 told = lines.keys() if told is None else told
                 bar.clear()
                 for line in (line for key, line in lines.items() if key not in told and progress):
@@ -677,10 +678,13 @@ def _watch(plan: Plan, workers: list[subprocess.Popen], progress: bool) -> None:
 _GOOD = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def _outcome(trial: FrozenTrial) -> str:
+_MEANT = {"val": "validation", "full": "training", "test-selected": "test"}  # see `_accuracy`
+
+
+def _outcome(trial: FrozenTrial, where: str) -> str:
     name = trial.user_attrs.get("run", f"trial {original(trial)}")
     if trial.state == TrialState.COMPLETE:
-        return f"{name}  validation {trial.value:.2f} %"
+        return f"{name}  {where} {trial.value:.2f} %"
     if trial.state == TrialState.PRUNED:
         return f"{name}  pruned after epoch {trial.last_step or 0}"
     return f"{name}  failed: {trial.user_attrs.get('error', 'its worker died')}"

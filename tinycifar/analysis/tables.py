@@ -22,7 +22,7 @@ from tinycifar.analysis.measures import confusion_matrix, gains, normalised_mome
 from tinycifar.analysis.runs import Predictions, Run, as_list, counted, reference_run
 from tinycifar.checks import check_whole
 from tinycifar.costs import layer_costs, receptive_field
-from tinycifar.data import Data, channel_stats, title
+from tinycifar.data import Data, channel_stats, some_of, title
 from tinycifar.evaluation import evaluate
 from tinycifar.recipes import Recipe
 from tinycifar.trials import latest
@@ -373,7 +373,7 @@ def fit_table(run: Run, data: Data) -> pd.DataFrame:
     splits = run.splits(data)
     if run.metrics is None:
         return _noted(pd.DataFrame(), f"The run {run.name} isn't finished.")
-    index = splits.train_index[: len(data.test_labels)]  # as many as test images: soon done
+    index = some_of(splits.train_index, len(data.test_labels))  # as many as test images: soon done
     images, labels = (part[index] for part in splits.train)
     loss, accuracy = evaluate(load_pretrained(run.folder), images, labels, run.stats)
     metrics, sizes = run.metrics, run.config["split"]
@@ -433,7 +433,7 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
             "layer": table["name"],
             "stage": stage.mask(stage == "blocks", stage + ", " + side.astype(str) + " px"),
             "kind": list(map(_kind, layers)),
-            "channels": shape[0].where(shape.len() == 3, shape[1]),
+            "channels": shape[0].where(shape.len() != 2, shape[1]),
             "side": side,
             "activations": table["out_shape"].map(math.prod),
             "parameters": table["params"],
@@ -449,7 +449,7 @@ def _kind(layer: nn.Module) -> str:
     if isinstance(layer, nn.Conv1d):
         return "attention"
     if not isinstance(layer, nn.Conv2d):
-        return "BatchNorm"
+        return "BatchNorm" if isinstance(layer, nn.BatchNorm2d) else type(layer).__name__
     if layer.groups > 1:
         return "depthwise"
     return "pointwise" if layer.kernel_size == (1, 1) else "standard"
@@ -530,13 +530,14 @@ def _undilated(model: nn.Module) -> nn.Module:
 def batch_check(data: Data, policy: str | augment.Policy, seed: int = 0) -> pd.DataFrame:
     """Channel mean and std of normalised training images: without augmentation, and with it.
 
-    Measured on the first 10,000 images, and normalised by the statistics of all, so that the first
+    Measured on 10,000 images, and normalised by the statistics of all, so that the first
     row must be close to 0 and 1.
 
     Returns:
         policy, mean_r, mean_g, mean_b, std_r, std_g, std_b.
     """
-    images, stats = data.train_images[:10_000], channel_stats(data.train_images)
+    images = data.train_images[some_of(np.arange(len(data.train_labels)), 10_000)]
+    stats = channel_stats(data.train_images)
     name = policy if isinstance(policy, str) else "the policy"
     chosen = {"none": augment.POLICIES["none"], name: augment.get_policy(policy)}
     rows = [normalised_moments(images, how, stats, seed).ravel() for how in chosen.values()]
