@@ -433,8 +433,8 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     axes.grid(axis="y", visible=False)
     figure.supxlabel(
         f"validation accuracy less the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
-        "points\nbars: 95 % intervals, each by itself; hollow: n = 1 on either side, not tested; "
-        "grey: within noise for all together; green: better, red: worse"
+        "points\nbars: 95 % intervals, each by itself; green: better, red: worse, grey: within "
+        "noise for all together;\nhollow: n = 1 on either side, so not tested"
     )
     epochs = counted(table.attrs["epochs"], "epoch")
     return _titled(figure, f"{title} · {epochs} · {table.attrs['data']}")
@@ -755,6 +755,9 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]])
     """Name each point (x, y, name, colour) at the first place where it covers nothing."""
     figure.draw_without_rendering()  # places are known only once the layout is
     spots = axes.transData.transform([point[:2] for point in points])
+    paths = (line.get_transform().transform_path(line.get_path()) for line in axes.lines)
+    spots = np.vstack([spots, *(path.interpolated(20).vertices for path in paths)])
+    spots = spots[np.isfinite(spots).all(axis=1)]
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
     frame = axes.get_window_extent()
     look: dict[str, Any] = {"textcoords": "offset points", "arrowprops": _LINE}
