@@ -747,7 +747,7 @@ def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
 # right, at the end of a line that begins at the text's left end.
 _PLACES = [(8, 0, "left", "center"), (-8, 0, "right", "center")]
 _PLACES += [(0, 8, "center", "bottom"), (0, -8, "center", "top")]
-_PLACES += [(12, dy * sign, "left", "center") for dy in range(10, 60, 5) for sign in (1, -1)]
+_PLACES += [(12, dy * sign, "left", "center") for dy in range(10, 90, 5) for sign in (1, -1)]
 _LINE = dict(arrowstyle="-", color=GREY, lw=0.6, relpos=(0, 0.5), shrinkA=0, shrinkB=3)
 
 
