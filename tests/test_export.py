@@ -193,6 +193,12 @@ def test_a_file_that_answers_otherwise_is_refused(runs, tiny, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_only_a_global_pool_becomes_a_mean():
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.AdaptiveAvgPool2d(1))
+    kinds = [type(module).__name__ for module in exporting._with_onnx_modules(net)]
+    assert kinds == ["AdaptiveAvgPool2d", "_Mean"]
+
+
 def test_in_turns_each_call_has_as_many():
     calls = []
     times = exporting.in_turns({n: lambda n=n: calls.append(n) for n in "ab"}, rounds=2, repeat=2)
