@@ -402,6 +402,11 @@ def test_the_study_figure_shows_each_variation(a_study):
     assert [t.get_text() for t in axes.get_yticklabels()] == ["higher rate, n = 2", "worse, n = 1"]
     assert next(line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1) == 6
     assert "CIFAR-10" in texts(figure) and "no variation" not in texts(figure)
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    hollow = [
+        y for line in points if line.get_markerfacecolor() == "white" for y in line.get_ydata()
+    ]
+    assert len(points) == 2 and hollow == [2], "one seed, which isn't tested"
     assert "no variation is finished yet" in texts(analysis.plot_study(a_study[:2]))
 
 
@@ -971,10 +976,17 @@ def test_labels_of_points_do_not_overlap(write_run):
         write_run(f"r{i}", recipe=f"recipe{i}", test_acc=accuracy)
         for i, accuracy in enumerate((87.3, 87.0, 90.9, 90.6))
     ]
-    figure = analysis.plot_accuracy_vs_cost(runs)
+    family = analysis.published_study("family")
+    figure = analysis.plot_accuracy_vs_cost(runs, family=family)
     figure.canvas.draw()
     boxes = [Text.get_window_extent(t) for t in figure.axes[0].texts]
-    assert len(boxes) == len(analysis.published_networks()) + 4
+    sizes = len(analysis.runs_table(family))
+    assert len(boxes) == len(analysis.published_networks()) + 4 + sizes
+    line = max(figure.axes[0].lines, key=lambda line: len(line.get_xdata()))
+    path = line.get_transform().transform_path(line.get_path()).interpolated(50)
+    assert len(line.get_xdata()) == sizes and not any(
+        box.count_contains(path.vertices) for box in boxes
+    )
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 

@@ -148,7 +148,10 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def _a_relu_follows_each_norm(model: nn.Module) -> bool:
-    """Whether each BatchNorm's output goes only into a ReLU, and each ReLU follows a BatchNorm."""
+    """Whether each BatchNorm's output goes only into a ReLU, and each ReLU follows a BatchNorm.
+
+    And whether all of these are what `NormReLU` computes: ordinary ones that are trained.
+    """
     try:
         graph = torch.fx.Tracer().trace(model)
     except Exception:  # what depends on values can't be traced

@@ -103,7 +103,7 @@ def simulated_int8(model: nn.Module, exact: Collection[str] | None = None) -> An
     Args:
         model: a network in eval mode that begins in a convolution and ends in `gap` and `head`.
         exact: the names of the convolutions that stay in float; None: the first and the head.
-            Those that pad with anything but zeros always stay in float.
+            Those of a subclass or that pad with anything but zeros always stay in float.
 
     Raises:
         ValueError: see `folded`.
@@ -111,10 +111,10 @@ def simulated_int8(model: nn.Module, exact: Collection[str] | None = None) -> An
     model = folded(model)
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     first, *_, head = convs
-    padded = {name for name, conv in convs.items() if conv.padding_mode != "zeros"}
-    padded |= {name for name, conv in convs.items() if type(conv) is not nn.Conv2d}
-    for name in convs.keys() - set((first, head) if exact is None else exact) - padded:
-        model.set_submodule(name, Int8Conv(convs[name]))
+    exact = set((first, head) if exact is None else exact)
+    for name, conv in convs.items():
+        if name not in exact and type(conv) is nn.Conv2d and conv.padding_mode == "zeros":
+            model.set_submodule(name, Int8Conv(conv))
     model.gap = nn.Sequential(Quantiser(), model.get_submodule("gap"))
     return model.eval()
 
