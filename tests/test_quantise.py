@@ -96,6 +96,19 @@ def test_a_convolution_of_ones_own_stays_in_float():
     assert type(int8.blocks[0].pw) is Halved and isinstance(int8.blocks[0].dw, Int8Conv)
 
 
+@pytest.mark.parametrize("convs", [["stem"], ["stem", "head"], []])
+def test_nothing_to_round_is_said(convs):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gap = nn.AdaptiveAvgPool2d(1)
+            for name in convs:
+                self.add_module(name, nn.Conv2d(3, 3, 1))
+
+    with pytest.raises(ValueError, match="between the first and the head, .* leave it in float"):
+        simulated_int8(Net().eval())
+
+
 def test_a_folded_network_keeps_its_relus_in_the_twin():
     net = folded(trained(NetCIFAR10_Tiny(width=0.25))).train()
     x = torch.randn(4, 3, 16, 16)

@@ -106,15 +106,19 @@ def simulated_int8(model: nn.Module, exact: Collection[str] | None = None) -> An
             Those of a subclass or that pad with anything but zeros always stay in float.
 
     Raises:
-        ValueError: see `folded`.
+        ValueError: no convolution is left to round; and see `folded`.
     """
     model = folded(model)
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    first, *_, head = convs
-    exact = set((first, head) if exact is None else exact)
-    for name, conv in convs.items():
-        if name not in exact and type(conv) is nn.Conv2d and conv.padding_mode == "zeros":
-            model.set_submodule(name, Int8Conv(conv))
+    exact = {*[*convs][:1], *[*convs][-1:]} if exact is None else set(exact)
+    plain = (n for n, m in convs.items() if type(m) is nn.Conv2d and m.padding_mode == "zeros")
+    if not (rounded := [name for name in plain if name not in exact]):
+        raise ValueError(
+            "int8 rounds plain convolutions between the first and the head, and this network has "
+            "none: leave it in float"
+        )
+    for name in rounded:
+        model.set_submodule(name, Int8Conv(convs[name]))
     model.gap = nn.Sequential(Quantiser(), model.get_submodule("gap"))
     return model.eval()
 
