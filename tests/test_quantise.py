@@ -105,7 +105,7 @@ def test_nothing_to_round_is_said(convs):
             for name in convs:
                 self.add_module(name, nn.Conv2d(3, 3, 1))
 
-    with pytest.raises(ValueError, match="between the first and the head, .* leave it in float"):
+    with pytest.raises(ValueError, match=r"between the first and the head, .* leave it in float"):
         simulated_int8(Net().eval())
 
 
