@@ -5,12 +5,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := "$(VENV)/bin/python"
+ifneq ($(words $(VENV)),1)
+$(error VENV must be one word: make can't have a space in it)
+endif
 
 # Settings reach Python through the environment, as TINYCIFAR_<NAME>, and no shell reads them: quotes,
 # $ and backticks in a value arrive as they are. An empty setting means its default; what already is
 # in the environment under that name stays.
 SETTINGS := NB RECIPE PROTOCOL DATASET SEED DEVICE FORCE RUN PARAMS IMAGE ONNX CSV RECIPES SEEDS STUDY JOBS FOLDER TO STORAGE THREADS HEARTBEAT PORT
-ON_THE_COMMAND_LINE := $(foreach name,$(SETTINGS),$(if $(findstring command,$(origin $(name))),$(name)))
+ON_THE_COMMAND_LINE := $(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out $(SETTINGS) PYTHON VENV LAB BENCH SITE LOCK CIFAR10_ROOT MAKEFLAGS,$(ON_THE_COMMAND_LINE))
+$(foreach name,$(UNKNOWN),$(warning $(name) is no setting here and only goes into the environment: make alone lists them))
 define pass_on
 override $(1) := $$(value $(1))
 export TINYCIFAR_$(1) := $$(or $$(value $(1)),$$(value TINYCIFAR_$(1)))

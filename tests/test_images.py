@@ -146,12 +146,22 @@ def png(depth, colour_type, samples, transparent):
         png(2, 0, b"\x55\xff", b"\0\1"),
         png(4, 0, 2 * b"\x99" + 2 * b"\xff", b"\0\x09"),
         png(16, 2, 4 * b"\x80\x01\x40\x02\0\3" + 24 * b"\xff", b"\x80\x01\x40\x02\0\3"),
+        png(16, 0, 4 * b"\x80\x01" + 8 * b"\xff", b"\x80\x01"),
     ],
-    ids=["1 bit", "2 bits", "4 bits", "16 bits"],
+    ids=["1 bit", "2 bits", "4 bits", "16 bits", "16 bits of grey"],
 )
 def test_the_transparent_colour_of_a_png_of_any_depth(file):
     """All that isn't transparent in these is white as well."""
     assert (read_image(Image.open(file)) == 255).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_grey_png_of_16_bits_is_read_as_one_of_8(tmp_path, orientation):
+    eight, tags = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8), Image.Exif()
+    tags[0x0112] = orientation
+    for name, pixels in (("8.png", eight), ("16.png", eight.astype(np.uint16) * 257)):
+        Image.fromarray(pixels).save(tmp_path / name, exif=tags)
+    assert np.array_equal(read_image(tmp_path / "16.png"), read_image(tmp_path / "8.png"))
 
 
 def test_the_callers_image_stays_as_it_is():
@@ -250,7 +260,7 @@ def test_exif_beyond_reading_leaves_the_image_as_it_is(data):
         (np.zeros((1, 32, 32, 3), dtype=np.uint8), r"got uint8 of shape \(1, 32, 32, 3\)"),
         (np.zeros((0, 32, 3), dtype=np.uint8), r"\(0, 32, 3\)"),
         ([[0, 0], [0, 0]], "got list"),
-        (io.BytesIO(), "got BytesIO"),
+        (io.BytesIO(), "this image can't be read as an image"),
         (42, "got int"),
         (Image.new("RGB", (0, 5)), "it has no pixels"),
         (Image.new("F", (8, 8)), "mode 'F' doesn't say which value is white"),

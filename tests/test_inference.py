@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tinycifar.__main__ import main
-from tinycifar.inference import classify, image_files, load_onnx, write_csv
+from tinycifar.inference import classify, image_files, likeliest, load_onnx, write_csv
 from tinycifar.paths import RESULTS
-from tinycifar.weights import TorchNetwork, load_pretrained
+from tinycifar.weights import TorchNetwork, load_pretrained, predict
 
 NET = RESULTS / "export" / "net.onnx"
 
@@ -147,10 +147,19 @@ def test_files_of_another_kind_are_refused(tmp_path):
 
 
 def test_images_of_another_shape_are_refused(network):
-    assert network(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 10)
-    for images in (np.zeros((2, 32, 32, 3)), np.zeros((32, 32, 3), np.uint8)):
-        with pytest.raises(ValueError, match=r"must be uint8 of shape \(N, 32, 32, 3\); got"):
-            network(images)
+    for net in (network, TorchNetwork(load_pretrained())):
+        assert net(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 10)
+        for images in (np.zeros((2, 32, 32, 3)), np.zeros((32, 32, 3), np.uint8)):
+            with pytest.raises(ValueError, match=r"must be uint8 of shape \(N, 32, 32, 3\); got"):
+                net(images)
+
+
+def test_predict_takes_either_network_and_classify_any_iterable(network, folder):
+    ((name, result),) = classify(folder.glob("g.png"), network)
+    expected = likeliest(result, network.classes, top=3)
+    for model in (network, load_pretrained(network.metadata["run"])):
+        assert dict(predict(name, model, top=3)) == pytest.approx(dict(expected), abs=1e-4)
+    assert predict(io.BytesIO(name.read_bytes()), network, top=3) == expected
 
 
 def fails(arguments, capsys):

@@ -132,7 +132,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, by):
         signal.raise_signal(by)
 
     monkeypatch.setattr(weights, "load_pretrained", interrupted)
-    said = "interrupted: the same command goes on from the last finished epoch"
+    said = "interrupted: repeated, a training goes on from its last finished epoch"
     assert fails(["predict", "x.png"], capsys) == (130, said)
 
 
@@ -249,6 +249,7 @@ def make(tmp_path):
         out, err = process.communicate()
         if process.returncode:
             raise RuntimeError(err)
+        print(err, file=sys.stderr)
         called, given, parent = json.loads(out)
         assert parent == process.pid, "a shell between the two would keep a SIGTERM for itself"
         return called, {name.removeprefix("TINYCIFAR_"): value for name, value in given.items()}
@@ -309,6 +310,14 @@ def test_a_sweep_refuses_what_it_cannot_use(make):
 def test_a_setting_that_would_be_ignored_is_refused(make, target):
     with pytest.raises(RuntimeError, match=f"make {target} takes no RECIPE: it takes .*RUN"):
         make(target, "RECIPE=sprint")
+
+
+def test_a_setting_that_there_is_not_is_named(make, capfd):
+    make("train", "EPOCHS=3", "SEED=1", "CIFAR10_ROOT=data")
+    (warning,) = filter(None, capfd.readouterr().err.splitlines())
+    assert "EPOCHS is no setting here" in warning
+    with pytest.raises(RuntimeError, match="VENV must be one word"):
+        make("train", "VENV=my env")
 
 
 def test_the_pins_agree():

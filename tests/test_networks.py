@@ -27,6 +27,7 @@ from tinycifar.networks import (
 from tinycifar.paths import CHECKOUT
 from tinycifar.recipes import get_recipe
 from tinycifar.run_directory import RunError
+from tinycifar.studies import train_many
 from tinycifar.training import train
 from tinycifar.weights import load_pretrained, predict
 
@@ -230,6 +231,12 @@ def test_a_network_of_ones_own_trains_and_loads(mine, tiny, tmp_path, precision)
     assert accuracy == pytest.approx(metrics["test_acc"])
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_workers_import_what_the_caller_can(mine, tiny, tmp_path):
+    recipe = get_recipe(SMALL, epochs=1, network="my_net:MyNet", precision="float32")
+    (metrics,) = train_many([recipe], [0], folder=tmp_path / "out", dataset=tiny, progress=False)
+    assert metrics["params"] == 2_938
 
 
 @pytest.mark.parametrize(

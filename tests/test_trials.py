@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -474,6 +475,14 @@ def latest_states(folder):
             return [state for (state,) in database.execute("SELECT state FROM trials")]
         except sqlite3.OperationalError:
             return []
+
+
+def test_only_what_failed_is_called_so_when_all_workers_are_gone(make_plan, capsys):
+    plan = make_plan()
+    queue(plan, {"base-val-seed0": (BASE, 0)})
+    dies = SimpleNamespace(poll=iter([None, -signal.SIGKILL]).__next__)
+    trials._watch(plan, [dies], progress=True)
+    assert "failed" not in capsys.readouterr().out, "it waits"
 
 
 # ------------------------------------------------------------------------------- many machines

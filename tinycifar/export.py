@@ -326,7 +326,7 @@ def _padded(network: Any) -> Any:
     """A copy whose channels inside are padded with zeros to whole LANES, if it is in int8.
 
     ONNX Runtime's integer depthwise convolutions take twice as long for 36 channels as for 48, and
-    its float ones pad by themselves. A network with skip connections stays as it is.
+    its float ones pad by themselves. Other networks than NetCIFAR10_Tiny stay as they are.
     """
     network = copy.deepcopy(network)
     convs: list[Any] = [m for m in network.modules() if isinstance(m, nn.Conv2d)]

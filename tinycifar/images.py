@@ -11,7 +11,7 @@ import os
 import struct
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,19 +30,22 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The factor by which Pillow scales a PNG's samples to 8 bits. It doesn't scale the transparent one.
-_TO_8_BITS: dict[Any, float] = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+# The factor by which a PNG's samples become 8 bits. Pillow doesn't scale the transparent one.
+_TO_8_BITS: dict[Any, float] = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256, "I;16B": 1 / 256}
 
 
-def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
+def read_image(
+    image: str | os.PathLike[str] | IO[bytes] | Image.Image | np.ndarray,
+) -> np.ndarray:
     """Any image as uint8 RGB pixels (32, 32, 3).
 
     It is turned upright by its EXIF orientation, composed on white where it is transparent, its
     shorter side scaled to 32 (bicubic), and its centre cropped.
 
     Args:
-        image: a path, a PIL image, or uint8 pixels of shape (H, W) or (H, W, 1), which are grey,
-            (H, W, 3), RGB, or (H, W, 4), RGBA. OpenCV's are BGR: give `image[..., ::-1]`.
+        image: a path, an open file, such as io.BytesIO(data), a PIL image, or uint8 pixels of shape
+            (H, W) or (H, W, 1), which are grey, (H, W, 3), RGB, or (H, W, 4), RGBA. OpenCV's are
+            BGR: give `image[..., ::-1]`.
 
     Raises:
         FileNotFoundError: no such image.
@@ -55,9 +58,9 @@ def read_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.n
             raise FileNotFoundError(f"no image at {name}")
     elif isinstance(image, np.ndarray):
         image = _from_array(image)
-    elif not isinstance(image, Image.Image):
+    elif not isinstance(image, Image.Image) and not hasattr(image, "read"):
         raise ValueError(
-            "an image is a path, a PIL image or a uint8 array of shape (H, W, 3); "
+            "an image is a path, an open file, a PIL image or a uint8 array of shape (H, W, 3); "
             f"got {type(image).__name__}"
         )
     try:
@@ -87,7 +90,8 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     """The whole image upright, opaque, and in RGB."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+    grey_16 = image.mode == "I;16" and isinstance(image, PngImageFile)  # of which 65,535 is white
+    if (image.mode in ("I", "F") or image.mode.startswith("I;")) and not grey_16:
         raise ValueError(
             f"mode {image.mode!r} doesn't say which value is white: scale its pixels to 0..255 and "
             "give them as a uint8 array"
@@ -98,6 +102,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     image.load()
     turn = _turn(image)
     image = image.copy() if turn is None else image.transpose(turn)  # the caller's stays as it is
+    if grey_16:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if transparent is not None:
         image.info["transparency"] = transparent
     if not image.has_transparency_data:
@@ -108,13 +114,14 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
-    """The transparent colour of a PNG whose samples Pillow will scale to 8 bits, scaled too."""
+    """The transparent colour of a PNG whose samples are to be scaled to 8 bits, scaled too."""
     if not isinstance(image, PngImageFile) or not image.tile:  # or it is loaded already
         return None
     factor, colour = _TO_8_BITS.get(image.tile[0].args), image.info.get("transparency")
     if factor is None or colour is None:
         return None
-    return tuple(int(c * factor) for c in colour) if factor < 1 else int(colour * factor)
+    several = isinstance(colour, tuple)
+    return tuple(int(c * factor) for c in colour) if several else int(colour * factor)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -24,7 +24,8 @@ import numpy as np
 
 from tinycifar.images import SIDE, read_image
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif")
+SUFFIXES += (".tiff", ".webp", ".heic", ".heif")  # the last two, of phones, Pillow can't read
 
 
 class Network(Protocol):
@@ -84,15 +85,20 @@ class OnnxNetwork:
         Raises:
             ValueError: the images are of another shape or type.
         """
-        if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
-            raise ValueError(
-                f"images must be uint8 of shape (N, {SIDE}, {SIDE}, 3); "
-                f"got {images.dtype} of shape {images.shape}: see images.read_image"
-            )
+        check_pixels(images)
         return self._session.run(["probabilities"], {"images": images})[0]
 
 
 load_onnx = OnnxNetwork
+
+
+def check_pixels(images: np.ndarray) -> None:
+    """Raise a ValueError unless they are uint8 (N, 32, 32, 3), as a Network takes them."""
+    if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
+        raise ValueError(
+            f"images must be uint8 of shape (N, {SIDE}, {SIDE}, 3); "
+            f"got {images.dtype} of shape {images.shape}: see images.read_image"
+        )
 
 
 def likeliest(
@@ -131,7 +137,7 @@ def _is_image(file: Path) -> bool:
 
 
 def classify(
-    files: Sequence[str | os.PathLike[str]], network: Network, batch_size: int = 256
+    files: Iterable[str | os.PathLike[str]], network: Network, batch_size: int = 256
 ) -> Iterator[tuple[str | os.PathLike[str], np.ndarray | Exception]]:
     """Each file with its probabilities, float32 (classes,), or with the error that reading it gave.
 
@@ -143,6 +149,7 @@ def classify(
     """
     if isinstance(files, str | os.PathLike):
         raise TypeError(f"classify takes a list of files, also for one: [{os.fspath(files)!r}]")
+    files = [*files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]

@@ -228,7 +228,7 @@ def own_network(num_classes: int, name: str) -> nn.Module:
     except Exception as error:  # its code may raise anything
         raise ValueError(
             f"network {name!r} can't be imported ({error}): expected 'module:Class', where `import "
-            "module` works, as for a file in the folder where Python is started"
+            "module` works"
         ) from error
     # Nothing else is called: the name may come with a run that somebody sent.
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):

@@ -328,9 +328,9 @@ def pruning_table(result: Mapping[str, Any]) -> pd.DataFrame:
         rows.append(row)
     table = pd.DataFrame(rows, dtype="str")
     table.attrs["note"] = (
-        f"{title('cifar10', result['limit'])}: the best validation accuracy of the "
-        f"{frame['trials'].max()} trials of [pruning.yaml](../studies/pruning.yaml), "
-        f"{result['date']}."
+        f"{title('cifar10', result['limit'])}: the best accuracy of the "
+        f"{frame['trials'].max()} trials, counted on {result['limit'] // 10} validation images, of "
+        f"[pruning.yaml](../studies/pruning.yaml), {result['date']}."
     )
     return table
 

@@ -625,8 +625,10 @@ def train_queued(plan: Plan, jobs: int, progress: bool) -> None:
 
 def _started(plan: Plan) -> subprocess.Popen:
     command = [sys.executable, "-m", "tinycifar", "worker"]
+    # Imports what we can: tinycifar, and networks of the caller's own.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     # A session of its own: Ctrl-C reaches it once, from us.
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=env)
     assert worker.stdin is not None
     with suppress(BrokenPipeError):
         pickle.dump(plan, worker.stdin)
@@ -659,7 +661,8 @@ def _watch(plan: Plan, workers: list[subprocess.Popen], progress: bool) -> None:
                 working = any(worker.poll() is None for worker in workers)
                 trials = plan.asked_for(studies)
                 # What failed may be queued again within the moment.
-                ended = [(s, t) for s, t in trials if t.state in _GOOD or not working]
+                states = _GOOD if working else (*_GOOD, TrialState.FAIL)
+                ended = [(s, t) for s, t in trials if t.state in states]
                 where = _MEANT[plan.settings["protocol"]]
                 lines = {(s.study_name, original(t)): _outcome(t, where) for s, t in ended}
                 told = lines.keys() if told is None else told

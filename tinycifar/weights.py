@@ -7,7 +7,7 @@ predict("cat.jpg", model, top=3)            # [('cat', 0.61), ('dog', 0.22), ...
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tiny_cifar10_net import fuse
 from tinycifar.checks import check_whole
 from tinycifar.evaluation import eval_mode
 from tinycifar.images import read_image
-from tinycifar.inference import likeliest
+from tinycifar.inference import Network, OnnxNetwork, check_pixels, likeliest
 from tinycifar.networks import make_network
 from tinycifar.paths import DEFAULT
 from tinycifar.run_directory import RunDirectory, find_run, read_tensors
@@ -96,18 +96,19 @@ def load_weights(path: str | Path, model: nn.Module) -> nn.Module:
 
 
 def predict(
-    image: str | Path | Image.Image | np.ndarray | Tensor,
-    model: nn.Module | None = None,
+    image: str | Path | IO[bytes] | Image.Image | np.ndarray | Tensor,
+    model: nn.Module | OnnxNetwork | None = None,
     top: int = 5,
 ) -> list[tuple[str, float]]:
     """The `top` likeliest classes of one image, with their probabilities, likeliest first.
 
     Args:
-        image: a path, a PIL image, or uint8 pixels as an array or tensor of shape (H, W),
+        image: a path, an open file, a PIL image, or uint8 pixels as an array or tensor of (H, W),
             (H, W, 1), (H, W, 3) in RGB or (H, W, 4) in RGBA; OpenCV's are BGR: give
             `image[..., ::-1]`. Any size: the shorter side is scaled to 32 and the centre cropped.
             What is transparent is composed on white; see `images.read_image`.
-        model: as `load_pretrained` gives it, or fused; None loads the published one.
+        model: as `load_pretrained` gives it, or fused, or as `load_onnx` does; None loads the
+            published one.
         top: how many classes to return; all of them if there are fewer.
 
     Raises:
@@ -117,7 +118,10 @@ def predict(
     """
     check_whole("top", top, 1)
     rgb = read_image(image.detach().cpu().numpy() if isinstance(image, Tensor) else image)
-    network = TorchNetwork(fuse(load_pretrained()) if model is None else model)
+    if isinstance(model, OnnxNetwork):
+        network: Network = model
+    else:
+        network = TorchNetwork(fuse(load_pretrained()) if model is None else model)
     return likeliest(network(rgb[None])[0], network.classes, top)
 
 
@@ -141,7 +145,12 @@ class TorchNetwork:
         self.classes: tuple[str, ...] = tuple(model.classes)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities, float32 (N, classes), of RGB images, uint8 (N, 32, 32, 3)."""
+        """Probabilities, float32 (N, classes), of RGB images, uint8 (N, 32, 32, 3).
+
+        Raises:
+            ValueError: the images are of another shape or type.
+        """
+        check_pixels(images)
         first = next(self.model.parameters())
         pixels = torch.from_numpy(images).to(first.device, first.dtype) / 255
         mean, std = pixels.new_tensor(self.model.mean), pixels.new_tensor(self.model.std)

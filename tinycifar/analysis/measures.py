@@ -113,12 +113,14 @@ def gains(groups: pd.DataFrame, images: int) -> pd.DataFrame:
 
     Returns:
         gain; gain_error, its standard error; gain_interval, half of the 95 % interval by Student's
-        t, for this row alone; clear: a t-test finds a difference at 5 % for all such rows
-        together, with Holm's correction (1979, www.jstor.org/stable/4615733); never where either
-        side has a single seed. The base has NaN and False.
+        t, for this row alone; clear: a t-test finds a difference at 5 % for all rows together,
+        with Holm's correction (1979, www.jstor.org/stable/4615733); never where either side has a
+        single seed. The base has NaN and False.
     """
     n, accuracy = groups["n"], groups["val_acc"]
-    p, others = accuracy.iloc[0] / 100, np.arange(len(groups)) > 0
+    others = np.arange(len(groups)) > 0
+    # As if one image at least were right, and one wrong: no accuracy is known without error.
+    p = np.clip(accuracy.iloc[0] / 100, 1 / images, 1 - 1 / images)
     prior = 100**2 * p * (1 - p) / (2 * images)
     squares = ((n - 1) * groups["val_acc_std"].fillna(0) ** 2).sum()
     degrees = PRIOR + (n - 1).sum()
@@ -128,8 +130,9 @@ def gains(groups: pd.DataFrame, images: int) -> pd.DataFrame:
     interval = float(t.ppf(0.975, degrees)) * error
     several = others & (np.minimum(n, n.iloc[0]) > 1)
     p_values = pd.Series(2 * t.sf(gain.abs() / error, degrees), gain.index)[several].sort_values()
-    # The clearest row has to stand out among all, the next one among those that are left.
-    corrected = (p_values * np.arange(len(p_values), 0, -1)).cummax()
+    # The clearest row has to stand out among all, the next one among those that are left. Rows
+    # with one seed count as well: by that seed they lost, and others went on.
+    corrected = (p_values * (others.sum() - np.arange(len(p_values)))).cummax()
     clear = (corrected < 0.05).reindex(gain.index, fill_value=False)
     return pd.DataFrame(
         {"gain": gain, "gain_error": error, "gain_interval": interval, "clear": clear}

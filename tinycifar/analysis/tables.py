@@ -193,9 +193,11 @@ def runs_table(
         **(_range("minutes") if times else {}),
     )
     note = "Mean ± sample standard deviation over seeds; of two seeds both figures."
-    if repeats:
-        note += f" Left out, as their seed is there already: {', '.join(repeats)}."
-    return _noted(table, note)
+    return _noted(table, note + _left_out(repeats))
+
+
+def _left_out(repeats: list[str]) -> str:
+    return f" Left out, as their seed is there already: {', '.join(repeats)}." if repeats else ""
 
 
 def study_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -214,7 +216,7 @@ def study_table(runs: Iterable[Run]) -> pd.DataFrame:
     """
     runs = as_list(runs)
     finished = [run for run in runs if run.metrics is not None]
-    if len({run.data_title for run in finished}) > 1:
+    if len({(run.data_title, run.config.get("data_sha256")) for run in finished}) > 1:
         raise ValueError("a study compares on the same data: pass the runs on one data set only")
     if any(run.protocol != "val" for run in finished):
         raise ValueError("a study compares on validation: pass runs under the protocol val only")
@@ -225,7 +227,7 @@ def study_table(runs: Iterable[Run]) -> pd.DataFrame:
             "first, with make sweep STUDY=..., and pass the runs of one study"
         )
     (base,) = bases.values()
-    each, _ = _pooled(
+    each, repeats = _pooled(
         finished,
         variation=[run.recipe["name"].replace("_", " ") for run in finished],
         changes=[_changes(base, run) for run in finished],
@@ -243,7 +245,7 @@ def study_table(runs: Iterable[Run]) -> pd.DataFrame:
         f"{base.data_title}, {counted(base.recipe['epochs'], 'epoch')} unless said otherwise. "
         "Accuracy: mean ± standard deviation over seeds (of two, both figures); loss: its mean; "
         "gain: in accuracy, ± its standard error (`analysis.gains`), bold where beyond noise "
-        "(t-test at 5 %, corrected after Holm for all rows with several seeds)."
+        "(t-test at 5 %, corrected after Holm for all rows)." + _left_out(repeats)
     )
     if waiting := len(runs) - len(finished):
         note += f" Not finished, and left out: {counted(waiting, 'run')}."
@@ -252,11 +254,15 @@ def study_table(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def _changes(base: Run, run: Run) -> str:
-    """The fields of a recipe that differ from the base's, one retired since among them."""
+    """The fields of a recipe that differ from the base's, one retired since among them.
+
+    And that `on_epoch` ended it early.
+    """
     was, now = base.recipe, run.recipe
     names = [name for name in {**was, **now} if name != "name" and was.get(name) != now.get(name)]
     values = ((name, now.get(name, "default")) for name in names)
-    return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values)
+    changes = [f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values]
+    return ", ".join(changes + ["cut short"] * run.cut_short)
 
 
 def search_table(search: optuna.Study) -> pd.DataFrame:
