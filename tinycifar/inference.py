@@ -24,8 +24,10 @@ import numpy as np
 
 from tinycifar.images import SIDE, read_image
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif")
-SUFFIXES += (".tiff", ".webp", ".heic", ".heif")  # the last two, of phones, Pillow can't read
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff"),
+    *(".webp", ".heic", ".heif"),  # the last two, of phones, Pillow can't read: they are named
+)
 
 
 class Network(Protocol):
