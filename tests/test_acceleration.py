@@ -76,7 +76,21 @@ class Frozen(nn.Module):
         return self.head(self.gap(x)).flatten(1).log_softmax(dim=1)
 
 
+class Forked(nn.Module):
+    """What its BatchNorm gives goes into a ReLU, and past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn, self.act = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+        self.gap, self.head = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 10, 1)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x))
+        return self.head(self.gap(self.act(x) + x)).flatten(1).log_softmax(dim=1)
+
+
 NETWORKS = {
+    "forked": Forked,
     "unusual": Unusual,
     "frozen": Frozen,
     "tiny": lambda: NetCIFAR10_Tiny(width=0.25),

@@ -23,7 +23,7 @@ import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar import analysis
 from tinycifar import data as datasets
-from tinycifar.analysis.measures import augmented, gains
+from tinycifar.analysis.measures import augmented, gains, share_within
 from tinycifar.analysis.runs import plateau_rates
 from tinycifar.evaluation import evaluate
 from tinycifar.networks import BlueprintNet
@@ -45,7 +45,8 @@ def _close_figures():
 def trained(tiny, tmp_path_factory):
     """A run that was really trained."""
     folder = tmp_path_factory.mktemp("trained") / "a"
-    recipe = get_recipe("baseline", epochs=2, width=0.5)
+    # Of so many steps that its BatchNorms know what they see: else all answers are the same.
+    recipe = get_recipe("baseline", epochs=2, width=0.5, batch_size=8)
     train(recipe, folder, dataset=tiny, compile=False, progress=False)
     return analysis.load_run(folder)
 
@@ -150,8 +151,8 @@ def test_load_run(trained):
     history = (folder / "history.csv").read_text().splitlines()
     assert run.history.to_numpy()[1].tolist() == [float(v) for v in history[2].split(",")]
     assert run.metrics == json.loads((folder / "metrics.json").read_text())
-    title = "baseline-epochs=2,width=0.5 · val · seed 0 · shapes (stand-in, NOT CIFAR-10)"
-    assert run.title == f"{title}, 200 training images"
+    title = "baseline-batch_size=8,epochs=2,width=0.5 · val · seed 0"
+    assert run.title == f"{title} · shapes (stand-in, NOT CIFAR-10), 200 training images"
 
 
 def test_a_run_goes_by_the_name_that_it_has_everywhere(tmp_path, monkeypatch):
@@ -209,6 +210,7 @@ def test_predictions_on_validation_and_test(trained, tiny):
         pixels = (pixels / torch.tensor(trained.config["std"])).permute(0, 3, 1, 2).float()
         with torch.no_grad():
             np.testing.assert_allclose(predictions.log_p, model(pixels).numpy(), atol=1e-4)
+        assert np.ptp(predictions.log_p, axis=0).max() > 0.01, "else there was nothing to compare"
         right = 100 * (predictions.predicted == labels).mean()
         assert right == pytest.approx(trained.metrics[f"{part[:4].replace('vali', 'val')}_acc"])
     assert analysis.predictions(trained, tiny).title.startswith("validation")
@@ -276,6 +278,9 @@ def test_runs_table_means_and_stds(write_run):
     assert f"{mean:.2f} ± {std:.2f}" in cells.values()
     assert f"{mean + 0.5:.2f} ± {std:.2f}" in cells.values()
     assert "minutes_min" not in analysis.runs_table(runs)
+    untested = replace(runs[2], metrics=runs[2].metrics | {"test_acc": None})
+    part = analysis.runs_table([*runs[:2], untested]).iloc[0]
+    assert math.isnan(part["test_acc"]) and part["n"] == 3, "no mean of the tested ones alone"
     # Of two seeds both figures, of one the figure alone.
     assert f"{87.3:.2f} (87.10, 87.50)" in shown(analysis.runs_table(runs[:2]))[0].values()
     assert "87.10" in shown(analysis.runs_table(runs[0]))[0].values()
@@ -439,6 +444,8 @@ def test_a_gain_is_clear_where_a_t_test_says_so():
     # At 90 %: sqrt(0.9 * 0.1 / 10,000) is 0.3 points. One seed is never enough for a conclusion.
     single = gain([90.0], [95.0])
     assert single["gain_error"] == pytest.approx(0.3 * math.sqrt(2)) and not single["clear"]
+    # Of ten degrees of freedom, 95 % lie within 2.228 errors, by any table of Student's t.
+    assert single["gain_interval"] == pytest.approx(2.228 * single["gain_error"], rel=1e-3)
     assert not gain([90.0], [95.0, 95.0])["clear"] and not gain([90.0, 90.0], [95.0])["clear"]
     # Of two pairs that agree, s is 0.3 root(10 / 12), so the error 0.274; it takes 2.18 errors.
     base = [90.0, 90.0]
@@ -491,6 +498,8 @@ def test_what_each_drop_of_the_learning_rate_brings(write_run):
     assert table["highest_acc"].tolist() == [50, 58, 57]
     assert table["jump_at_drop"].tolist()[1:] == [18, -1]
     assert table["gain_of_highest"].tolist()[1:] == [8, -1]
+    falling = analysis.drops_table(with_history(run, val_acc=[50, 60, 58, 59]))
+    assert falling["gain_of_highest"].tolist()[1:] == [-2, -1], "over the highest so far"
     assert [row["epochs"] for row in shown(table)] == ["1–2", "3", "4"]
     smooth = write_run("b", fields={"schedule": "one_cycle"})
     assert "doesn't drop" in analysis.markdown(analysis.drops_table(smooth))
@@ -552,7 +561,10 @@ def test_the_fit_table_evaluates_what_was_trained_on(trained, tiny, write_run):
     assert gap in table.attrs["note"]
     smoothed = trained.recipe | {"label_smoothing": 0.1}
     smoothed = replace(trained, config=trained.config | {"recipe": smoothed})
-    assert math.isnan(analysis.fit_table(smoothed, tiny)["loss"][0])
+    taught = trained.recipe | {"teacher": "tuned"}
+    taught = replace(trained, config=trained.config | {"recipe": taught})
+    for other in (smoothed, taught):  # whose training loss is of something else
+        assert math.isnan(analysis.fit_table(other, tiny)["loss"][0])
     unfinished = analysis.fit_table(replace(trained, metrics=None), tiny)
     assert "isn't finished" in analysis.markdown(unfinished)
     with pytest.raises(ValueError, match="not on shapes"):
@@ -731,6 +743,11 @@ def test_calibration_by_hand():
     assert len(table) == 10 and filled["n"].tolist() == [2, 2]
     assert filled["accuracy"].tolist() == [1.0, 0.5] and math.isnan(table["accuracy"][0])
     assert (table["low"][0], table["high"][9]) == (0, 1)
+    _, ece = analysis.calibration(log_p[:3], np.array([0, 1, 1]))  # by how many are in each bin
+    assert ece == pytest.approx((2 * abs(0.5 - 0.9) + abs(1 - 0.6)) / 3)
+    log_p = np.log([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
+    _, ece = analysis.calibration(log_p, np.array([0, 0, 0, 1]))
+    assert ece == pytest.approx((3 * 0.1 + 0.4) / 4)
 
 
 def test_certainty_falls_into_the_last_bin():
@@ -777,6 +794,9 @@ def test_effective_field_of_a_linear_chain_is_known_exactly():
     expected[12:21, 12:21] = np.outer(line, line)
     assert field.dtype == np.float64
     np.testing.assert_allclose(field, expected)
+    for side, seen in ((3, expected[15:18, 15:18]), (33, expected), (99, expected)):
+        share = 100 * seen.sum() / expected.sum()
+        assert share_within(field, side) == pytest.approx(share)
 
 
 def test_effective_field_of_the_net_spans_the_theoretical_45():

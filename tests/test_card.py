@@ -38,7 +38,8 @@ def test_what_it_says_of_foreign_images_is_measured(published, measured):
 
 def test_the_threshold_keeps_most_test_images(measured, published, tiny):
     for figures, n in ((measured, len(tiny.test_labels)), (published, 10_000)):
-        rows = figures["confidence"][:2]
+        rows, right = figures["confidence"][:2], np.trace(figures["confusion"])
+        assert [row["n_images"] for row in rows] == [right, n - right]
         kept = sum(row["kept_share"] * row["n_images"] / 100 for row in rows)
         assert kept == pytest.approx(card.KEPT * n, abs=1)
 

@@ -9,7 +9,19 @@ from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
 from tinycifar.costs import layer_costs, receptive_field
 from tinycifar.networks import BlueprintNet
 
+
+class Positions(nn.Sequential):
+    """A linear layer at each position, as in networks of one's own."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self[1](self[0](x).permute(0, 2, 3, 1)).mean((1, 2))
+
+
 NETWORKS = {
+    "positions": Positions,
     "reference": NetCIFAR10_Tiny,
     "standard": lambda: NetCIFAR10_Tiny(separable=False, width=0.5),
     "blueprint": lambda: BlueprintNet(layout="8 16s2 16d2", skips="all"),

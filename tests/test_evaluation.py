@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar.data import channel_stats
@@ -19,7 +20,12 @@ from tinycifar.evaluation import (
 def net():
     torch.manual_seed(0)
     net = NetCIFAR10_Tiny(width=0.1)
-    net(torch.randn(8, 3, 16, 16))  # so that its running statistics are its own
+    # With statistics of its own: with those that it starts from, twenty layers leave nothing of
+    # the images, and the answer to each is the same.
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    net(torch.randn(8, 3, 16, 16))
     return net
 
 
@@ -44,6 +50,14 @@ def test_log_probabilities_are_the_networks_own(net, tiny, stats):
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
     flipped = log_probabilities(net, torch.from_numpy(tiny.test_images).flip(2), stats)
     torch.testing.assert_close(flipped, mirrored, rtol=0, atol=1e-5)
+    assert (plain - mirrored).abs().max() > 0.01, "else there was nothing to compare"
+
+
+def test_log_probabilities_are_computed_in_full_precision(net, tiny, stats):
+    cudnn, seen = torch.backends.cudnn, []
+    net.head.register_forward_hook(lambda *_: seen.append(cudnn.conv.fp32_precision))
+    log_probabilities(net, tiny.test_images, stats, batch_size=20)
+    assert seen == ["ieee"] * 2 != [cudnn.conv.fp32_precision] * 2
 
 
 def test_log_probabilities_are_float32_whatever_the_default(net, tiny, stats):
@@ -116,14 +130,16 @@ def test_eval_mode_gives_the_mode_back_whatever_happens(net):
 
 
 @pytest.mark.parametrize(("library", "low"), [("cudnn", "tf32"), ("mkldnn", "bf16")])
-def test_convolutions_are_float32_whatever_the_caller_set(library, low):
+def test_convolutions_are_float32_whatever_the_caller_set(library, low, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     conv = getattr(torch.backends, library).conv
     before = conv.fp32_precision
     for precision in (low, "ieee", before):
         conv.fp32_precision = precision
         with full_precision():
             assert conv.fp32_precision == "ieee" and torch.backends.cudnn.deterministic
-        assert conv.fp32_precision == precision
+            assert not torch.backends.cudnn.benchmark, "which picks by time"
+        assert conv.fp32_precision == precision and torch.backends.cudnn.benchmark
     assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.allow_tf32
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -23,7 +24,9 @@ from tinycifar.run_directory import PRETRAINED, RunError
 from tinycifar.weights import load_pretrained
 
 NET, INT8, TABLE = FILES
-TINY = get_recipe(SMALL, name="tiny", epochs=1, network="tiny", width=0.25, start_side=16)
+# Of so many steps that its BatchNorms know what they see: else all answers are the same.
+STEPS = {"batch_size": 4, "start_side": 16}
+TINY = get_recipe(SMALL, name="tiny", epochs=1, network="tiny", width=0.25, **STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,7 @@ def test_the_float_file_answers_as_torch_does_for_any_number_of_images(exported,
         assert given.dtype == np.float32 and given.shape == (n, 10)
         expected = by_torch(load_pretrained(runs / "tiny"), images)
         np.testing.assert_allclose(given, expected, rtol=0, atol=1e-4)
+    assert np.ptp(expected, axis=0).max() > 0.01, "else there was nothing to compare"
 
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
@@ -124,6 +128,20 @@ def test_an_int8_run_brings_its_teachers_float_file(runs, tiny, tmp_path):
     assert metadata(tmp_path / INT8)["recipe"] == "tiny-int8"
     trained, calibrated = (int8_network(runs / name, tiny) for name in ("tiny-int8", "tiny"))
     assert not torch.equal(trained.head.weight, calibrated.head.weight)
+
+
+def test_an_int8_run_whose_teacher_was_trained_again_is_refused(runs, tiny, tmp_path):
+    """Its float file would be of another network."""
+    run = tmp_path / "int8"
+    shutil.copytree(runs / "tiny-int8", run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"teacher_sha256": "0" * 64}))
+    metrics = json.loads((run / "metrics.json").read_text())
+    del metrics["config_sha256"]  # as an early run, which noted none
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(RunError, match=r"started from other weights than .* has now"):
+        export(run, tmp_path / "into", dataset=tiny)
+    assert not (tmp_path / "into").exists()
 
 
 def test_without_its_images_there_is_a_float_file_alone(runs, tiny, tmp_path, monkeypatch, capsys):
@@ -203,6 +221,13 @@ def test_in_turns_each_call_has_as_many():
     calls = []
     times = exporting.in_turns({n: lambda n=n: calls.append(n) for n in "ab"}, rounds=2, repeat=2)
     assert "".join(calls) == "aabb" * 3 and times.keys() == {"a", "b"}
+
+
+def test_times_are_of_one_image(tiny, monkeypatch):
+    half_a_second = lambda calls, rounds, repeat: dict.fromkeys(calls, 0.512)  # noqa: E731
+    monkeypatch.setattr(exporting, "in_turns", half_a_second)
+    times = exporting.in_turns_by_batch({"a": SimpleNamespace(run=print)}, tiny.test_images)
+    assert times == {"a": {1: pytest.approx(512_000), 256: pytest.approx(2_000)}}
 
 
 def test_the_published_files_are_small_and_as_accurate_as_they_say():

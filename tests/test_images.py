@@ -220,6 +220,14 @@ def test_an_image_on_its_side_is_turned_whatever_else_its_exif_holds(kind, field
     assert abs(difference).mean() < 2
 
 
+def test_an_image_on_its_side_is_turned_by_big_endian_exif_too():
+    """As many cameras write it; Pillow stops at the field before, which points beyond the end."""
+    fields = struct.pack(">HHII", 0x010F, 2, 8, 9_999) + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    image = Image.fromarray(ON_ITS_SIDE)
+    image.info["exif"] = b"Exif\0\0" + struct.pack(">4sIH", b"MM\0*", 8, 2) + fields + bytes(4)
+    assert np.array_equal(read_image(image), read_image(UPRIGHT))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_every_orientation(orientation, kind):
@@ -264,6 +272,7 @@ def test_exif_beyond_reading_leaves_the_image_as_it_is(data):
         (42, "got int"),
         (Image.new("RGB", (0, 5)), "it has no pixels"),
         (Image.new("F", (8, 8)), "mode 'F' doesn't say which value is white"),
+        (Image.new("I", (8, 8)), "mode 'I' doesn't say which value is white"),
         (Image.new("I;16", (8, 8)), "mode 'I;16' doesn't say .* as a uint8 array"),
     ],
 )

@@ -188,7 +188,7 @@ def test_an_empty_name_is_not_the_working_folder():
 
 def test_what_is_hidden_in_a_folder_is_left_out(tmp_path):
     (tmp_path / ".here" / "album.png").mkdir(parents=True)  # a folder
-    for name in ("cat.png", "._cat.png", ".thumbnails/cat.png", "more/dog.JPG"):
+    for name in ("cat.png", "._cat.png", ".thumbnails/cat.png", "more/dog.JPG", "z.png"):
         file = tmp_path / ".here" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -196,6 +196,7 @@ def test_what_is_hidden_in_a_folder_is_left_out(tmp_path):
     assert [str(file.relative_to(tmp_path / ".here")) for file in found] == [
         "cat.png",
         "more/dog.JPG",
+        "z.png",
     ]
 
 

@@ -113,6 +113,10 @@ def test_attention_weights_a_channel_by_the_means_of_it_and_its_neighbours(dtype
     a, b, c = eca.conv.weight.detach().flatten()
     weights = (a * means[:, :-2] + b * means[:, 1:-1] + c * means[:, 2:]).sigmoid()
     torch.testing.assert_close(eca(x), x * weights[:, :, None, None].to(dtype))
+    block = BlueprintBlock(5, Layer(6), attention=True)
+    plain = BlueprintBlock(5, Layer(6))
+    plain.load_state_dict({k: v for k, v in block.state_dict().items() if "attention" not in k})
+    torch.testing.assert_close(block(x.float()), block.attention(plain(x.float())))
     net = BlueprintNet(layout="4 4 8", attention="eca")
     assert sum(isinstance(m, ChannelAttention) for m in net.modules()) == 2
 

@@ -30,6 +30,19 @@ def test_weight_decay_spares_norms_and_biases_when_told():
     assert len(everything.param_groups) == 1
 
 
+def test_the_optimizers_are_those_that_the_recipe_names():
+    """Their steps are torch's own; the settings are ours."""
+    net = channels_last()
+    for momentum in (0.0, 0.8):  # torch refuses Nesterov's without any
+        (sgd,) = optim.optimizers(get_recipe("baseline", momentum=momentum), net)
+        assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == momentum
+        assert sgd.defaults["nesterov"] == (momentum > 0)
+    recipe = get_recipe("baseline", optimizer="muon_adamw", momentum=0.8)
+    adamw, muon = optim.optimizers(recipe, net)
+    assert adamw.defaults["betas"] == (0.9, 0.99)
+    assert muon.defaults["momentum"] == 0.8 and muon.defaults["nesterov"]
+
+
 def lr_curve(recipe, steps_per_epoch):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], recipe.lr)
     schedule = optim.schedule(recipe, optimizer, steps_per_epoch)
@@ -73,6 +86,7 @@ def test_muon_has_its_own_rate_and_the_same_schedule():
     for _ in range(12):
         sgd, muon = (one.param_groups[0]["lr"] for one in both)
         assert muon == pytest.approx(0.3 * sgd)
+        assert all(one.param_groups[0]["momentum"] == 0.9 for one in both), "it isn't cycled"
         highest = max(highest, muon)
         for schedule in schedules:
             schedule.optimizer._opt_called = True  # as if a step had been taken

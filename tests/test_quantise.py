@@ -23,7 +23,10 @@ from tinycifar.weights import load_pretrained
 
 
 def trained(model):
-    """With other statistics than BatchNorm starts from."""
+    """With other statistics than BatchNorm starts from, with which all answers are the same."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean of all that it sees
     model.train()
     for _ in range(3):
         model(torch.randn(16, 3, 16, 16))
@@ -44,6 +47,10 @@ def test_the_range_is_a_moving_average_in_training_and_stays_in_evaluation():
     for high in (1.0, 3.0):
         quantiser(torch.tensor([0.5, high]))
     assert (float(quantiser.low), float(quantiser.high)) == (0, 2)  # a ReLU's output has no less
+    quantiser.seen.fill_(1000)
+    quantiser(torch.tensor([12.0]))
+    assert float(quantiser.high) == pytest.approx(2.1), "later a hundredth of the way"
+    quantiser.high.fill_(2)
     quantiser.eval()
     assert float(quantiser(torch.tensor([9.0]))) == 2, "clipped"
     assert float(quantiser.high) == 2
@@ -77,12 +84,27 @@ def test_all_but_the_first_and_the_last_are_in_int8(net):
     assert [isinstance(conv, Int8Conv) for conv in convs] == [
         0 < i < len(convs) - 1 for i in range(len(convs))
     ]
+    assert not any(module.training for module in int8.modules()), "else its ranges would move on"
     calibrate(int8, x.split(8))
+    assert not any(module.training for module in int8.modules())
+    assert (net(x[:16]) - net(x[16:])).abs().max() > 0.05, "else there was nothing to compare"
     off = (int8(x).exp() - net(x).exp()).abs().max()
     assert 0 < off < 0.02
-    errors = layer_errors(folded(net), int8, x)
+    exact, last, outputs = folded(net), convs[-2], []
+    errors = layer_errors(exact, int8, x)
     assert len(errors) == len(convs) - 2
     assert errors["alone"].between(0, 10).all() and errors["alone"].min() > 0
+    name = next(name for name, module in int8.named_modules() if module is last)
+    for each in (exact, int8):
+        copied = lambda _, given, out: outputs.append((given[0].clone(), out.clone()))  # noqa: E731
+        each.get_submodule(name).register_forward_hook(copied)
+        with torch.no_grad():
+            each(x)
+    (given, right), (_, ours) = outputs
+    wrong = {"alone": last(given).detach() - right, "together": ours - right}
+    for column, error in wrong.items():
+        percent = 100 * float(error.norm() / right.norm())
+        assert errors[column].iloc[-1] == pytest.approx(percent, rel=1e-3)
 
 
 def test_a_convolution_of_ones_own_stays_in_float():
@@ -92,8 +114,10 @@ def test_a_convolution_of_ones_own_stays_in_float():
 
     net = BlueprintNet(layout=NETWORK)
     net.blocks[0].pw = Halved(4, 8, 1, bias=False)
+    net.blocks[1].pw = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect", bias=False)
     int8 = simulated_int8(net.eval())
     assert type(int8.blocks[0].pw) is Halved and isinstance(int8.blocks[0].dw, Int8Conv)
+    assert type(int8.blocks[1].pw) is nn.Conv2d, "an Int8Conv pads with zeros"
 
 
 @pytest.mark.parametrize("convs", [["stem"], ["stem", "head"], []])

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +17,7 @@ from helpers import SMALL
 import augment
 from tinycifar import run_directory
 from tinycifar.paths import CHECKOUT, RESULTS
-from tinycifar.recipes import Recipe, get_recipe
+from tinycifar.recipes import RECIPES, Recipe, get_recipe
 from tinycifar.run_directory import (
     FILES,
     HISTORY_COLUMNS,
@@ -74,6 +74,8 @@ def config_of(who):
 @pytest.mark.parametrize("preset", PRETRAINED)
 def test_a_presets_name_is_its_published_run(preset):
     assert find_run(preset) == RESULTS / PRETRAINED[preset]
+    recipe = RunDirectory(RESULTS / PRETRAINED[preset]).config()["recipe"]
+    assert recipe == asdict(RECIPES[preset]), "the preset is what its published run was trained by"
 
 
 @pytest.mark.parametrize("folder", sorted(p.parent for p in RESULTS.glob("*/config.json")))

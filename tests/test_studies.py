@@ -217,6 +217,13 @@ def test_a_search_is_a_base_and_ranges(write_search):
             {"search": {"build": ["batched", "torchvision"], "alternate_flip": [True, False]}},
             "search of 'build': alternate_flip takes",
         ),
+        (
+            {
+                "base": "quick",
+                "search": {"policy": ["light", "none"], "alternate_flip": [False, True]},
+            },
+            "rates.yaml: search: alternate_flip takes",  # each by itself can be had
+        ),
         ({"search": {}}, "search names no field"),
         ({"sampler": "best"}, "unknown sampler 'best'; valid: tpe, gp, random"),
         ({"prune": "early"}, "unknown prune 'early'; valid: hyperband, median, none"),
@@ -288,6 +295,9 @@ def test_a_line_says_which_accuracy_it_gives(tiny, tmp_path, capsys, protocol, w
 
 def test_a_worker_that_leaves_the_test_set_alone_is_noticed(tiny, tmp_path, monkeypatch):
     def another_worker(plan, *_):  # of the same study, begun before a line was taken out of it
+        assert plan.identity == {
+            "protocol": "val", "dataset": "shapes", "limit": 200, "data_sha256": tiny.checksum,
+        }  # fmt: skip
         train(ONE_EPOCH, tmp_path / "one-val-seed0", dataset=tiny, progress=False, test=False)
 
     options = {"dataset": tiny, "folder": tmp_path, "jobs": 1, "progress": False}

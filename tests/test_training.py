@@ -121,6 +121,7 @@ def test_the_loop_is_plain_sgd_written_out_by_hand(tiny, tmp_path):
 
     torch.manual_seed(key(3))
     net = NetCIFAR10_Tiny(width=0.25).to(memory_format=torch.channels_last)
+    start = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, nesterov=True, weight_decay=5e-4)
     x = torch.from_numpy(tiny.train_images).permute(0, 3, 1, 2) / 255
     std, mean = torch.std_mean(x.double(), dim=(0, 2, 3), correction=0, keepdim=True)
@@ -139,6 +140,10 @@ def test_the_loop_is_plain_sgd_written_out_by_hand(tiny, tmp_path):
     trained = torch.load(tmp_path / "r" / "best.pt", weights_only=True)
     for name, value in net.state_dict().items():
         torch.testing.assert_close(trained[name], value, rtol=1e-2, atol=1e-3)
+    # Beside the way that they went, which is shorter than that; rounding alone is some percent.
+    steps = {name: value.detach() - start[name] for name, value in net.named_parameters()}
+    off = torch.cat([(trained[name] - start[name] - steps[name]).flatten() for name in steps])
+    assert off.norm() < 0.15 * torch.cat([step.flatten() for step in steps.values()]).norm()
 
 
 def test_history_has_the_rate_of_each_epochs_last_step(tiny, tmp_path):
@@ -300,6 +305,10 @@ def test_plateau_drops_the_rate_and_stopping_restores_the_best(tiny, tmp_path, m
     assert rates == pytest.approx([0.045] * 5 + [0.0045] * 3)
     best = torch.load(tmp_path / "r" / "best.pt", weights_only=True)
     assert all(torch.equal(best[k], asked[1][k]) for k in best)
+    stats = channel_stats(tiny.train_images, split(tiny.train_labels)[0])
+    log_p = log_probabilities(load_pretrained(tmp_path / "r"), tiny.test_images, stats)
+    loss = F.nll_loss(log_p, torch.from_numpy(tiny.test_labels)).item()
+    assert metrics["test_loss"] == pytest.approx(loss, rel=1e-6), "of the weights that are kept"
 
 
 def test_ema_is_the_average_it_claims(tiny):
@@ -308,16 +317,17 @@ def test_ema_is_the_average_it_claims(tiny):
 
     def spy(*batch):
         out = step(trainer, *batch)
-        seen.append(trainer.model.head.weight.detach().clone())
+        seen.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
         return out
 
     trainer.step = spy
     trainer.train_epoch()
-    average = seen[0]
-    for weight in seen[1:]:
-        average = 0.8 * average + 0.2 * weight
-    torch.testing.assert_close(trainer.best_weights["head.weight"], average)
-    torch.testing.assert_close(trainer.evaluated.head.weight.detach(), average)
+    for name in ("head.weight", "stem.1.running_mean"):
+        average = seen[0][name]
+        for state in seen[1:]:
+            average = 0.8 * average + 0.2 * state[name]
+        torch.testing.assert_close(trainer.best_weights[name], average)
+        torch.testing.assert_close(trainer.evaluated.state_dict()[name], average)
 
 
 # ------------------------------------------------------------------------------------- on_epoch
@@ -596,6 +606,7 @@ def test_protocols_differ_in_what_they_may_see(tiny, tmp_path, monkeypatch):
     looked.clear()
     metrics = train(SMALL, tmp_path / "full", protocol="full", dataset=tiny, progress=False)
     assert looked == [n_test, n_test]
+    assert metrics["images_per_second"] == pytest.approx(3 * 200 / metrics["seconds_train"])
     assert metrics["best_epoch"] == SMALL.epochs
     assert metrics["val_acc"] is metrics["val_loss"] is None
 
@@ -614,7 +625,8 @@ def test_flips_are_averaged_over_mirror_images(tiny):
 
 
 def test_metrics_are_the_networks_own(tiny, tmp_path):
-    recipe = get_recipe(ONE_EPOCH, network="tiny")
+    # Of so many steps that its BatchNorms know what they see: else all answers are the same.
+    recipe = get_recipe(ONE_EPOCH, network="tiny", batch_size=4)
     metrics = train(recipe, tmp_path / "r", dataset=tiny, progress=False)
     net = load_pretrained(tmp_path / "r")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (net.mean, net.std))
@@ -622,6 +634,7 @@ def test_metrics_are_the_networks_own(tiny, tmp_path):
     y = torch.from_numpy(tiny.test_labels)
     with torch.no_grad():
         plain, mirrored = net(x), net(x.flip(3))
+    assert (plain - mirrored).abs().max() > 0.01, "else there was nothing to compare"
     both = (plain.exp() + mirrored.exp()) / 2
     assert metrics["test_acc"] == pytest.approx(100 * (plain.argmax(1) == y).float().mean().item())
     assert metrics["test_acc_tta"] == pytest.approx(
@@ -686,7 +699,10 @@ def test_the_callers_random_stream_and_settings_are_left_alone(tiny, tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    train(ONE_EPOCH, tmp_path / "r", dataset=tiny, progress=False)
+    within = lambda row: seen.append(torch.are_deterministic_algorithms_enabled())  # noqa: E731
+    seen = []
+    train(ONE_EPOCH, tmp_path / "r", dataset=tiny, progress=False, on_epoch=within)
+    assert seen == [True]
     assert torch.equal(torch.rand(3), expected)
     assert not torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

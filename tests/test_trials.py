@@ -87,6 +87,7 @@ def test_the_seed_decides_what_a_sampler_draws(make_plan, tmp_path):
         plan = make_plan({"seed": seed, "trials": 3}, folder=tmp_path / name)
         queue(plan, {})
         study, draw = plan.studies()[1], plan.search.recipe
+        assert [trial.user_attrs["seed"] for trial in study.trials] == [seed] * 3
         study.optimize(lambda trial, draw=draw: draw(trial, 0).lr, n_trials=3)
         drawn.append([trial.params for trial in study.trials])
     assert drawn[0] == drawn[1] != drawn[2]
@@ -115,6 +116,18 @@ def test_the_last_epoch_prunes_nothing(make_plan, monkeypatch):
     monkeypatch.setattr(optuna.pruners.MedianPruner, "prune", last)
     work(plan)
     assert states(plan.studies()[1]) == ["COMPLETE"]
+
+
+def test_the_median_prunes_after_a_quarter_of_the_epochs():
+    study = optuna.create_study(direction="maximize", pruner=trials.PRUNERS["median"](12))
+    ended = {"state": TrialState.COMPLETE, "value": 50.0}
+    for _ in range(5):
+        values = dict.fromkeys(range(1, 13), 50.0)
+        study.add_trial(optuna.trial.create_trial(**ended, intermediate_values=values))
+    trial = study.ask()
+    for epoch in (1, 2, 3, 4):
+        trial.report(20.0, epoch)
+        assert trial.should_prune() == (epoch >= 3)
 
 
 def test_rates_that_diverge_are_pruned(make_plan, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
 from tinycifar.networks import BlueprintNet
@@ -25,7 +26,13 @@ def small_network():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    net = small_network().eval()
+    net = small_network()
+    # Statistics of its own, without which its answer to every image is the same.
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    net(torch.randn(8, 3, 32, 32))
+    net.eval()
     net.classes, net.mean, net.std = CLASSES, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     return net
 
@@ -154,6 +161,11 @@ def test_weights_of_another_network_are_refused(tmp_path, model):
     torch.save(NetCIFAR10_Tiny(width=2.0).state_dict(), tmp_path / "wide.pt")
     with pytest.raises(ValueError, match="do not fit"):
         load_weights(tmp_path / "wide.pt", model)
+    state = model.state_dict()
+    for changed in ({"head.bias": state.pop("head.bias")} | state | {"more": torch.ones(1)}, state):
+        torch.save(changed, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=r"do not fit .*(more|head\.bias)"):
+            load_weights(tmp_path / "other.pt", small_network())
 
 
 def test_weights_that_were_changed_since_the_run_are_refused(write_run):
@@ -187,6 +199,8 @@ def test_predict_is_the_network_on_the_normalised_image(model):
     assert [p for _, p in answer] == sorted((p for _, p in answer), reverse=True)
     for name, p in answer:
         assert p == pytest.approx(expected[CLASSES.index(name)].item(), abs=1e-5)
+    on_its_side = by_hand(model, pixels.swapaxes(0, 1))
+    assert (on_its_side - expected).abs().max() > 1e-4, "else there was nothing to compare"
 
 
 def test_predict_takes_a_path_an_image_an_array_and_a_tensor_alike(model, tmp_path):
@@ -215,6 +229,8 @@ def test_predict_refuses_what_is_no_image(model, tmp_path):
         predict(torch.zeros(1, 3, 32, 32), model)
     with pytest.raises(FileNotFoundError, match="no image at"):
         predict(tmp_path / "absent.png", model)
+    with pytest.raises(ValueError, match="top must be a whole number"):
+        predict(np.zeros((32, 32, 3), dtype=np.uint8), model, top=0)
 
 
 def test_predict_needs_to_know_how_inputs_were_normalised():
