@@ -22,6 +22,7 @@ from tinycifar.networks import (
     ChannelAttention,
     Layer,
     make_network,
+    own_network,
     read_layout,
 )
 from tinycifar.paths import CHECKOUT
@@ -235,6 +236,10 @@ def test_a_network_of_ones_own_trains_and_loads(mine, tiny, tmp_path, precision)
     assert accuracy == pytest.approx(metrics["test_acc"])
     x = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(fuse(model)(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_a_network_of_ones_own_is_tried_without_changing_it(mine):
+    assert own_network(10, "my_net:MyNet").bn.num_batches_tracked == 0
 
 
 def test_workers_import_what_the_caller_can(mine, tiny, tmp_path):

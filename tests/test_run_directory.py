@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import subprocess
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -75,7 +75,9 @@ def config_of(who):
 def test_a_presets_name_is_its_published_run(preset):
     assert find_run(preset) == RESULTS / PRETRAINED[preset]
     recipe = RunDirectory(RESULTS / PRETRAINED[preset]).config()["recipe"]
-    assert recipe == asdict(RECIPES[preset]), "the preset is what its published run was trained by"
+    assert Recipe(**recipe) == RECIPES[preset], (
+        "the preset is what its published run was trained by"
+    )
 
 
 @pytest.mark.parametrize("folder", sorted(p.parent for p in RESULTS.glob("*/config.json")))

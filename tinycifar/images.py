@@ -31,7 +31,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # The factor by which a PNG's samples become 8 bits. Pillow doesn't scale the transparent one.
-_TO_8_BITS: dict[Any, float] = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256, "I;16B": 1 / 256}
+_TO_8_BITS: dict[Any, float] = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 def read_image(
@@ -100,12 +100,15 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("it has no pixels")
     transparent = _transparent_colour(image)
     image.load()
+    if transparent is not None:  # as its pixels are from now on, for the next time as well
+        image.info["transparency"] = transparent
     turn = _turn(image)
     image = image.copy() if turn is None else image.transpose(turn)  # the caller's stays as it is
     if grey_16:
+        key = image.info.get("transparency")
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if transparent is not None:
-        image.info["transparency"] = transparent
+        if key is not None:
+            image.info["transparency"] = key >> 8
     if not image.has_transparency_data:
         return image.convert("RGB")
     # Before anything is scaled, which would mix in the colours of what can't be seen.
@@ -120,8 +123,7 @@ def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
     factor, colour = _TO_8_BITS.get(image.tile[0].args), image.info.get("transparency")
     if factor is None or colour is None:
         return None
-    several = isinstance(colour, tuple)
-    return tuple(int(c * factor) for c in colour) if several else int(colour * factor)
+    return tuple(int(c * factor) for c in colour) if factor < 1 else int(colour * factor)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
