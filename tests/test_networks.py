@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL
+from helpers import SMALL, assert_same_outcome
 from PIL import Image
 from torch import nn
 
@@ -169,6 +169,10 @@ class Wider(MyNet):
     def __init__(self, num_classes):
         super().__init__(num_classes + 1)
 
+class Dropout(MyNet):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.2, self.training))
+
 class Residue(MyNet):
     def __init__(self, num_classes):
         super().__init__(num_classes)
@@ -240,6 +244,20 @@ def test_a_network_of_ones_own_trains_and_loads(mine, tiny, tmp_path, precision)
 
 def test_a_network_of_ones_own_is_tried_without_changing_it(mine):
     assert own_network(10, "my_net:MyNet").bn.num_batches_tracked == 0
+
+
+def test_its_own_random_draws_repeat_when_it_is_resumed(mine, tiny, tmp_path):
+    recipe = get_recipe(SMALL, epochs=2, network="my_net:Dropout")
+    how = {"dataset": tiny, "compile": False, "progress": False}
+    train(recipe, tmp_path / "whole", **how)
+
+    def interrupt(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", on_epoch=interrupt, **how)
+    train(recipe, tmp_path / "run", **how)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "run")
 
 
 def test_workers_import_what_the_caller_can(mine, tiny, tmp_path):
