@@ -151,7 +151,7 @@ def test_sigterm_ends_the_notebook_too(small, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["notebook", "wait", "--run", str(tmp_path / "run"), "-p", "file", str(file)])
     assert end.value.code == 130
-    assert capsys.readouterr().err.startswith("interrupted: the same command goes on")
+    assert capsys.readouterr().err.startswith("interrupted: repeated, a training goes on")
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)
 
