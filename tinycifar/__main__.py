@@ -331,9 +331,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _end(f"error: {error.format_message()}", error, error.exit_code)
     except KeyboardInterrupt as error:
         _end("interrupted: repeated, a training goes on from its last finished epoch", error, 130)
-    except BrokenPipeError:  # of `| head`, which has all that it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except (ImportError, MemoryError, OSError, ValueError, RuntimeError) as error:
         _end(f"error: {explained(str(error) or type(error).__name__)}", error, 1)
 
