@@ -491,7 +491,7 @@ def latest_states(folder):
 
 
 def test_only_what_failed_is_called_so_when_all_workers_are_gone(make_plan, capsys):
-    plan = make_plan()
+    plan = make_plan(runs=frozenset(["base-val-seed0"]))
     queue(plan, {"base-val-seed0": (BASE, 0)})
     dies = SimpleNamespace(poll=iter([None, -signal.SIGKILL]).__next__)
     trials._watch(plan, [dies], progress=True)
