@@ -339,6 +339,13 @@ def test_download_that_stalls(silent, tmp_path, monkeypatch):
     assert socket.getdefaulttimeout() is None
 
 
+def test_host_that_refuses(served, tmp_path):
+    served.archive.unlink()
+    with pytest.raises(DataError, match=r"refused \(404 File not found\)") as error:
+        load("cifar10", root=tmp_path / "new", progress=False)
+    one_sentence(error)
+
+
 def test_host_that_sends_something_else(served, tmp_path):
     served.archive.write_bytes(b"<html>Please log in</html>")
     with pytest.raises(DataError, match="sent something else") as error:

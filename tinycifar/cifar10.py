@@ -12,10 +12,9 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -102,8 +101,8 @@ def _fetch(root: Path, progress: bool) -> None:
         raise DataError(
             f"{archive} {ALTERED}: delete it and run again to have CIFAR-10 downloaded."
         )
-    if not found and not _answers(CIFAR10.url):
-        raise _cant_be_had(root, f"gave no answer (waited up to {ANSWER_SECONDS} s)")
+    if not found and (fault := _fault(CIFAR10.url)):
+        raise _cant_be_had(root, fault)
     root.mkdir(parents=True, exist_ok=True)
     _sweep(root)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=root) as partial:
@@ -140,18 +139,27 @@ def _cant_be_had(root: Path, what: str) -> DataUnavailable:
     )
 
 
-def _answers(url: str) -> bool:
-    """Whether the host sends a byte in time; in a thread, as looking up its name has no timeout."""
-    received = []
+def _fault(url: str) -> str | None:
+    """What is wrong with the host, if it sends no byte in time.
+
+    Asked in a thread, as looking up its name has no timeout.
+    """
+    faults: list[str | None] = []
+    silent = f"gave no answer (waited up to {ANSWER_SECONDS} s)"
 
     def ask() -> None:
-        with suppress(OSError, HTTPException), urlopen(url, timeout=ANSWER_SECONDS) as response:
-            received.append(response.read(1))
+        try:
+            with urlopen(url, timeout=ANSWER_SECONDS) as response:
+                faults.append(None if response.read(1) else silent)
+        except HTTPError as error:
+            faults.append(f"refused ({error.code} {error.reason})")
+        except (OSError, HTTPException):
+            faults.append(silent)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
-    return any(received)
+    return faults[0] if faults else silent
 
 
 def _sweep(root: Path) -> None:
