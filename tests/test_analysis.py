@@ -1077,8 +1077,8 @@ def test_a_search_is_read_and_drawn(search_folder, monkeypatch):
     file, folder = search_folder / "rates.yaml", search_folder / "runs"
     search = analysis.load_search(file, folder)
     table = analysis.search_table(search)
-    assert table.to_dict("records")[0] | {"val_acc": 0} == {
-        "outcome": "complete", "trials": 5, "epochs": 15, "val_acc": 0,
+    assert table.to_dict("records")[0] | {"highest_val_acc": 0} == {
+        "outcome": "complete", "trials": 5, "epochs": 15, "highest_val_acc": 0,
     }  # fmt: skip
     assert "15 of the 15" in table.attrs["note"] and "NOT CIFAR-10" in table.attrs["note"]
     before = dict(plt.rcParams)

@@ -120,6 +120,7 @@ def values() -> dict[str, str]:
         "card.accuracy": f"{100 * confusion.trace() / confusion.sum():.2f}",
         "card.ece": f"{100 * card['ece']:.1f}",
         "card.kept": f"{100 * KEPT:.0f}",
+        "card.threshold": f"{card['threshold']:.2f}",
     }
 
 

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from tinycifar import analysis, card, export
+from tinycifar import analysis, card
 from tinycifar.analysis import Run, markdown
 from tinycifar.data import Data, load, title
 from tinycifar.evaluation import evaluate
@@ -131,7 +131,6 @@ def _tables(runs: list[Run], studies: Studies) -> dict[str, str]:
         "speed": speed_table(_read(BENCHMARK)),
         "int8": _int8_table(),
         "inference": inference_table(_read(INFERENCE)),
-        "export": export.table(_read(EXPORTED)) + "\n",
         "pruning": markdown(pruning_table(_read(PRUNING))),
         "overhead": markdown(overhead_table(_read(OVERHEAD))),
     }
@@ -283,7 +282,7 @@ def speed_table(result: Mapping[str, Any]) -> str:
     frame = pd.DataFrame(result["figures"], dtype="str")
     frame.attrs["note"] = (
         f"Measured on {where}, torch {machine['torch']}, batch {result['batch_size']} unless said "
-        "otherwise; training is over the reference's loop, also where ours takes other batches; "
+        "otherwise; speeds of training are relative to the reference's loop at that batch size; "
         f"medians of {result['rounds']} rounds, {result['date']}."
     )
     return markdown(frame)
@@ -306,12 +305,17 @@ def _int8_table() -> str:
 def inference_table(result: Mapping[str, Any]) -> str:
     """The ratios that `make bench` wrote of inference, beside the goals; in Markdown."""
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
-    vnni = "with" if result["vnni"] else "without"
+    plain = " and ".join(
+        f"{times['torch, plain']:,.0f} µs an image in batches of {size}"
+        for size, times in result["microseconds_an_image"].items()
+    )
+    named = {"vnni": "with" if result["vnni"] else "without", "versions": versions, "plain": plain}
     frame = pd.DataFrame(result["figures"], dtype="str")
     frame.attrs["note"] = (
-        "Measured on {processor} ({instructions}, {vnni} VNNI), one thread, {versions}; medians of "
-        "{rounds} rounds in turns, {date}."
-    ).format_map({**result["machine"], **result, "vnni": vnni, "versions": versions})
+        "Plain torch takes {plain}: don't compare ratios of different batch sizes. Measured on "
+        "{processor} ({instructions}, {vnni} VNNI), one thread, {versions}; medians of {rounds} "
+        "rounds in turns, {date}."
+    ).format_map({**result["machine"], **result, **named})
     return markdown(frame)
 
 
@@ -344,8 +348,8 @@ def overhead_table(result: Mapping[str, Any]) -> pd.DataFrame:
     )
     table = table.sort_index().reset_index().rename_axis(None, axis=1)
     table.attrs["note"] = (
-        "Milliseconds for each trial that does nothing, of the first 50 that were taken, with so "
-        "many queued: Optuna reads all that wait to take one. Server and workers share one machine "
+        "Milliseconds per trial that does nothing, mean of the first 50 of a queue of that "
+        "length: Optuna reads all that wait to take one. Server and workers share one machine "
         f"of {result['cores']} cores; optuna {result['optuna']}, "
         f"{result['date']}."
     )

@@ -6,7 +6,7 @@ import functools
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -15,13 +15,12 @@ import numpy as np
 import optuna
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 from scipy.stats import binomtest
 from torch import nn
 
@@ -432,9 +431,10 @@ def plot_study(runs: Iterable[Run], title: str = "Variations of the base") -> Fi
     axes.set_ylim(rows + 0.5, 0.5)  # the best on top
     axes.grid(axis="y", visible=False)
     figure.supxlabel(
-        f"validation accuracy less the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
-        "points\nbars: 95 % intervals, each by itself; green: better, red: worse, grey: within "
-        "noise for all together;\nhollow: n = 1 on either side, so not tested"
+        f"validation accuracy minus the base's ({mean_std(base, 'val_acc')} %, n = {base['n']}), "
+        "points\nbars: 95 % confidence intervals, uncorrected; colour, after Holm's correction: "
+        "green better,\nred worse, grey not significant; hollow: n = 1 on one side at least, "
+        "not tested"
     )
     epochs = counted(table.attrs["epochs"], "epoch")
     return _titled(figure, f"{title} · {epochs} · {table.attrs['data']}")
@@ -624,8 +624,8 @@ def _draw_mosaic(axes: Axes, images: np.ndarray, names: Sequence[str], gap: int 
 
 def _described(policy: augment.Policy) -> str:
     """What may happen to an image, each with its probability, in a line."""
-    warp = f"shift ±{100 * policy.shift:g} %, zoom ±{100 * policy.scale:g} %, "
-    warp += f"turn ±{policy.rotate:g}° ({100 * policy.affine_p:g} %)"
+    warp = f"shift ±{100 * policy.shift:g} %, zoom ±{100 * policy.scale:g} % and "
+    warp += f"turn ±{policy.rotate:g}° (together, {100 * policy.affine_p:g} %)"
     black = policy.border == "constant" and (policy.warps or policy.crop_padding)
     what = {
         f"flip ({100 * policy.flip:g} %)": policy.flip,
@@ -743,32 +743,62 @@ def _draw_shares(axes: Axes, field: np.ndarray, theoretical: int) -> None:
     axes.legend(loc="lower right")
 
 
-# Where a name may stand: beside its point, above and below it; then further up and down on its
-# right, at the end of a line that begins at the text's left end.
-_PLACES = [(8, 0, "left", "center"), (-8, 0, "right", "center")]
-_PLACES += [(0, 8, "center", "bottom"), (0, -8, "center", "top")]
-_PLACES += [(12, dy * sign, "left", "center") for dy in range(10, 90, 5) for sign in (1, -1)]
-_LINE = dict(arrowstyle="-", color=GREY, lw=0.6, relpos=(0, 0.5), shrinkA=0, shrinkB=3)
+# Where a name may stand, seen from its point: by how much away, in points, and which part of the
+# name is there, in shares of its width and height. Beside the point, above and below it; else on
+# either side further up and down, at the end of a line.
+_PLACES = [(8, 0, 0, 0.5), (-8, 0, 1, 0.5), (0, 8, 0.5, 0), (0, -8, 0.5, 1)]
+_PLACES += [
+    (dx, dy * up, float(dx < 0), 0.5)
+    for dy in range(10, 90, 5)
+    for dx in (12, -12, 40, -40)
+    for up in (1, -1)
+]
+_LINE = dict(arrowstyle="-", color=GREY, lw=0.6, shrinkA=0, shrinkB=3)
 
 
 def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]]) -> None:
-    """Name each point (x, y, name, colour) at the first place where it covers nothing."""
+    """Name each point (x, y, name, colour) where it covers little and isn't far away."""
     figure.draw_without_rendering()  # places are known only once the layout is
+    pixel, frame = figure.dpi / 72, axes.get_window_extent().extents
     spots = axes.transData.transform([point[:2] for point in points])
-    paths = (line.get_transform().transform_path(line.get_path()) for line in axes.lines)
-    spots = np.vstack([spots, *(path.interpolated(20).vertices for path in paths)])
-    spots = spots[np.isfinite(spots).all(axis=1)]
-    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
-    frame = axes.get_window_extent()
-    look: dict[str, Any] = {"textcoords": "offset points", "arrowprops": _LINE}
-    for x, y, name, colour in points:
-        note: Any = axes.annotate(name, (x, y), (0, 0), color=colour, **look)
-        for dx, dy, ha, va in _PLACES:
-            note.set(position=(dx, dy), ha=ha, va=va)
-            note.arrow_patch.set_visible(dx == 12)
-            note.get_window_extent()  # puts the text in its place
-            box = Text.get_window_extent(note)  # the text's, without a line to the point
-            inside = frame.x0 < box.x0 and box.x1 < frame.x1
-            if inside and not box.count_overlaps(taken):
-                break
-        taken.append(box)
+    taken = np.vstack([_boxes(spots, 6), *(_boxes(line, 3) for line in _drawn(axes))])
+    for spot, (x, y, name, colour) in zip(spots, points, strict=True):
+        look: dict[str, Any] = {"color": colour, "textcoords": "offset points", "va": "bottom"}
+        note = axes.annotate(name, (x, y), (0, 0), **look)
+        size = np.asarray(note.get_window_extent().size)
+        note.remove()
+        least = math.inf
+        for dx, dy, *shares in _PLACES:
+            end, far = spot + pixel * np.array([dx, dy]), abs(dx) > 8
+            low = end - size * shares
+            line = np.linspace(spot, end, 20) if far else np.empty((0, 2))
+            line = line[np.hypot(*(line - spot).T) > 9]  # the rest is on the point itself
+            boxes = np.vstack([[*low, *(low + size)], _boxes(line, 1)])
+            inside = (boxes[:, :2] > frame[:2]).all() and (boxes[:, 2:] < frame[2:]).all()
+            cost = 2 * _overlap(boxes, taken) + math.dist(spot, end) if inside else math.inf
+            if cost < least:
+                least, best = cost, boxes
+                look["arrowprops"] = {**_LINE, "relpos": shares} if far else None
+        axes.annotate(name, (x, y), (best[0, :2] - spot) / pixel, **look)
+        taken = np.vstack([taken, best])
+
+
+def _drawn(axes: Axes) -> Iterator[np.ndarray]:
+    """Places in pixels (n, 2) along each line that is drawn, error bars too."""
+    stems = [part for part in axes.collections if isinstance(part, LineCollection)]
+    paths = [(line.get_path(), line.get_transform()) for line in axes.lines]
+    paths += [(path, part.get_transform()) for part in stems for path in part.get_paths()]
+    for path, transform in paths:
+        places = np.asarray(transform.transform_path(path).interpolated(20).vertices)
+        yield places[np.isfinite(places).all(axis=1)]
+
+
+def _boxes(centres: np.ndarray, half: float) -> np.ndarray:
+    """Squares around places (n, 2): left, bottom, right, top (n, 4)."""
+    return np.hstack([centres - half, centres + half])
+
+
+def _overlap(boxes: np.ndarray, others: np.ndarray) -> float:
+    """The area that they share, in square pixels."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])
+    return float((np.minimum(boxes[:, None, 2:], others[:, 2:]) - low).clip(0).prod(axis=2).sum())

@@ -192,7 +192,7 @@ def runs_table(
         **_statistics("val_acc", "test_acc", "test_acc_tta", "test_loss"),
         **(_range("minutes") if times else {}),
     )
-    note = "Mean ± sample standard deviation over seeds; of two seeds both figures."
+    note = "Mean ± sample standard deviation over seeds; for two seeds, both values."
     return _noted(table, note + _left_out(repeats))
 
 
@@ -269,14 +269,14 @@ def search_table(search: optuna.Study) -> pd.DataFrame:
     """What became of the trials of a search, a row for each outcome; see `load_search`.
 
     Returns:
-        outcome, trials (how many), epochs (that they trained together), val_acc (the highest, of
-        pruned ones the last before they were stopped). attrs: note.
+        outcome, trials (how many), epochs (that they trained together), highest_val_acc (of pruned
+        trials that of their last epoch). attrs: note.
     """
     trials = latest(search).values()
     rows = [(t.state.name.lower(), len(t.intermediate_values), t.value) for t in trials]
     each = pd.DataFrame(rows, columns=["outcome", "epochs", "val_acc"]).astype({"val_acc": float})
     table = each.groupby("outcome", as_index=False).agg(
-        trials=("epochs", "size"), epochs=("epochs", "sum"), val_acc=("val_acc", "max")
+        trials=("epochs", "size"), epochs=("epochs", "sum"), highest_val_acc=("val_acc", "max")
     )
     made_for = search.user_attrs["made_for"]
     ends = made_for["search"].get("epochs", {})
@@ -396,7 +396,7 @@ def fit_table(run: Run, data: Data) -> pd.DataFrame:
     note = "The test set was left alone."
     if metrics["test_acc"] is not None:
         gap = accuracy - metrics["test_acc"]
-        note = f"Plain training images less test images: {gap:+.2f} points."
+        note = f"Plain training images minus test images: {gap:+.2f} points."
     return _noted(pd.DataFrame(rows, columns=["part", "n_images", "accuracy", "loss"]), note)
 
 
@@ -511,7 +511,7 @@ def dilation_table(model: nn.Module) -> pd.DataFrame:
         image), positions, parameters, multiply_adds.
     """
     rows = []
-    for label, net in (("with dilation", model), ("without", _undilated(model))):
+    for label, net in (("as built", model), ("without dilation", _undilated(model))):
         last, costs = receptive_field(net)[-1], layer_table(net)[_COSTS].sum()
         # Position i is centred on pixel i * jump, with padding that keeps the size.
         reach, centres = last.field // 2, np.arange(last.size) * last.jump
