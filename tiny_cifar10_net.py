@@ -126,7 +126,7 @@ def folded(model: nn.Module) -> Any:
         ValueError: the model is in training mode, where BatchNorm depends on the batch.
     """
     if model.training:
-        raise ValueError("fuse takes a network in eval mode: call model.eval() first")
+        raise ValueError("a BatchNorm is folded in eval mode only: call model.eval() first")
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         unrolled: Any = getattr(module, "unrolled", None)
@@ -187,7 +187,7 @@ def fuse(model: nn.Module) -> FusedNet:
         model: a network that torch.fx can trace, with `classes`, `mean` and `std`.
 
     Raises:
-        ValueError: see `folded`.
+        ValueError: see `folded`. Whatever torch.fx raises for a network that it can't trace.
     """
     return FusedNet(folded(model).to(memory_format=torch.channels_last)).eval()
 

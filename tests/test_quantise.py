@@ -1,6 +1,7 @@
 """quantise.py: what int8 arithmetic computes, simulated; and training with it."""
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def test_all_but_the_first_and_the_last_are_in_int8(net):
     for column, error in wrong.items():
         percent = 100 * float(error.norm() / right.norm())
         assert errors[column].iloc[-1] == pytest.approx(percent, rel=1e-3)
+
+
+def test_calibrating_moves_the_ranges_alone():
+    """Not a BatchNorm that wasn't folded, and no Dropout drops: those are as in evaluation."""
+    parts = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 4, 1)
+    net = nn.Sequential(OrderedDict(zip("abcde", parts, strict=True)))
+    net.gap, net.head = nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 3, 1)
+    int8, x = simulated_int8(net.eval()), torch.randn(8, 3, 4, 4)
+    calibrate(int8, [x])
+    assert int8.c.num_batches_tracked == 0 and not int8.c.running_mean.any()
+    high = int8.c(int8.a(x).relu()).max()
+    torch.testing.assert_close(int8.e.input.high, high, msg="the range of what isn't dropped")
+    assert not any(module.training for module in int8.modules())
 
 
 def test_a_convolution_of_ones_own_stays_in_float():

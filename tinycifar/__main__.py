@@ -61,6 +61,7 @@ Device = Annotated[str, _option("DEVICE", "auto, cpu, cuda or mps")]
 RunDir = Annotated[str, _option("RUN", "the run directory  [runs/RECIPE-PROTOCOL-seedSEED]")]
 Force = Annotated[bool, _option("FORCE", "replace a finished or different run")]
 Folder = Annotated[str, _option("FOLDER", "folder of the runs  [runs, or runs/<study>]")]
+StudyFile = Annotated[str, _option("STUDY", "a study file, as in studies/")]
 Storage = Annotated[str, _option("STORAGE", "URL of a database  [SQLite, in the folder]")]
 Pairs = Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="repeatable")]
 
@@ -125,13 +126,15 @@ def sweep(
     names: Annotated[list[str] | None, _argument("RECIPES", "[quick]")] = None,
     seeds: Annotated[list[int] | None, _option("SEEDS", "repeatable  [0 1 2]", "--seed")] = None,
     protocol: Annotated[str, _option("PROTOCOL", "val, full or test-selected  [val]")] = "",
-    study: Annotated[str, _option("STUDY", "a file of recipes and seeds, as in studies/")] = "",
+    study: StudyFile = "",
     dataset: Dataset = "auto",
     limit: Limit = None,
     device: Device = "auto",
     folder: Folder = "",
     storage: Storage = "",
-    jobs: Annotated[int | None, _option("JOBS", "workers  [one a core; on a GPU 8]")] = None,
+    jobs: Annotated[
+        int | None, _option("JOBS", "workers  [one a core; on a GPU 8 at most]")
+    ] = None,
     threads: Annotated[int, _option("THREADS", "of each worker")] = 1,
     heartbeat: Annotated[int, _option("HEARTBEAT", "seconds between signs of life")] = 20,
 ) -> None:
@@ -172,7 +175,7 @@ def _print_table(study: Any, folder: Path) -> None:
 
 @app.command(help="Look at a study in the browser while it is trained, with optuna-dashboard.")
 def dashboard(
-    study: Annotated[str, _option("STUDY", "a file of recipes and seeds, as in studies/")] = "",
+    study: StudyFile = "",
     folder: Folder = "",
     storage: Storage = "",
     port: Annotated[int, _option("PORT", "of the page")] = 8080,

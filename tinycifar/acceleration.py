@@ -29,8 +29,8 @@ PROGRAMS = 128  # one for each size of the images, in all runs of a process
 class CompiledNetwork:
     """A network called through torch.compile, for batches of the shapes that are worth it.
 
-    Each shape is compiled separately, which takes as long as some thousand steps save: so only
-    whole batches are compiled, and only of the sides named. All others, such as the last batch of
+    Each shape is compiled separately, which takes the time that is saved on some 50,000 images: so
+    only whole batches are, and only of the sides named. All others, such as the last batch of
     an epoch, run eagerly, and so does everything, after a warning, if there is no compiler. Both
     ways give the same values up to rounding.
 

@@ -104,7 +104,7 @@ def tables() -> dict[str, pd.DataFrame]:
         "card-classes": class_table(np.array(card["confusion"]), card["classes"]),
         "card-calibration": bins[["probability", "n_images", "mean_confidence", "accuracy"]],
         "card-confidence": pd.DataFrame(card["confidence"]),
-        "card-files": _exported(),
+        "card-files": _files(),
     }
 
 
@@ -143,9 +143,13 @@ def class_table(confusion: np.ndarray, classes: list[str]) -> pd.DataFrame:
     )
 
 
-def _exported() -> pd.DataFrame:
-    """The files of the weights, as `export` measured them, but for times: docs/speed.md."""
-    result = json.loads((EXPORTED / "export.json").read_text(encoding="utf-8"))
+def exported() -> list[dict[str, Any]]:
+    """What `export` measured of the published files, each."""
+    return json.loads((EXPORTED / "export.json").read_text(encoding="utf-8"))["files"]
+
+
+def _files() -> pd.DataFrame:
+    """The published files, but for their times: docs/speed.md."""
     return pd.DataFrame(
         {
             "file": f"`{row['file']}`",
@@ -153,5 +157,5 @@ def _exported() -> pd.DataFrame:
             "predicts_as_float": f"{row['agreement']:.2f} %",
             "bytes": row["bytes"],
         }
-        for row in result["files"]
+        for row in exported()
     )

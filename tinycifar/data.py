@@ -100,7 +100,7 @@ def load(
             counts as in `paths.absolute`.
         limit: use so many training images, the first of each class, and a fifth as many for
             testing; at least 100, so that 10 % for validation still hold every class.
-        progress: show a bar on a terminal or in a notebook while downloading.
+        progress: show a bar on stderr while downloading.
 
     Raises:
         DataError: the data set is unknown, can't be had, or a file of it is missing, truncated
@@ -281,7 +281,10 @@ def channel_stats(images: np.ndarray, index: np.ndarray | None = None) -> Stats:
 
 
 def some_of(index: np.ndarray | Tensor, n: int) -> np.ndarray:
-    """So many of them at most, sorted: the same ones each time, however the classes are ordered."""
+    """At most `n` of some indices, integers (M,), sorted: drawn at random, the same ones each time.
+
+    So images that are sorted by class still give all classes.
+    """
     order = np.random.default_rng(0).random(len(index)).argsort(kind="stable")
     return np.sort(np.asarray(index)[order[:n]])
 

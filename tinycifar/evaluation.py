@@ -59,7 +59,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """(mean negative log-likelihood, accuracy in percent) on uint8 images (N, 32, 32, 3).
 
-    Labels are int64 (N,). For `stats` and what is raised see `log_probabilities`.
+    Labels are int64 (N,). For `stats` and what is raised see `log_probabilities`; a ValueError
+    too if the labels have another shape, or name a class that there isn't.
     """
     log_p = log_probabilities(model, images, stats)
     labels = torch.as_tensor(labels)
@@ -95,28 +96,28 @@ _SETTINGS: tuple[tuple[Any, str, Any], ...] = (
     (_MKLDNN.matmul, "fp32_precision", "ieee"),  # of 1x1 convolutions as well
 )
 _lock = threading.Lock()
-_before: list[list[Any]] = []  # what the settings were, once for each that uses them now
+_users, _found = 0, list[Any]()  # how many use the settings, and what the first one found
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolve in full float32, whatever the caller has set, and on a GPU deterministically.
+    """Convolutions and matrix products in full float32, on a GPU deterministically.
 
     The settings are those of the whole process: of several threads, the last one to end restores
     what the first one found.
     """
+    global _users, _found
     with _lock:
-        _before.append([getattr(holder, name) for holder, name, _ in _SETTINGS])
+        if not _users:
+            _found = [getattr(holder, name) for holder, name, _ in _SETTINGS]
+        _users += 1
         for holder, name, value in _SETTINGS:
             setattr(holder, name, value)
     try:
         yield
     finally:
         with _lock:
-            # The first found what the caller had set.
-            first = _before.pop(0)
-            if _before:
-                _before[0] = first
-            else:
-                for (holder, name, _), value in zip(_SETTINGS, first, strict=True):
+            _users -= 1
+            if not _users:
+                for (holder, name, _), value in zip(_SETTINGS, _found, strict=True):
                     setattr(holder, name, value)

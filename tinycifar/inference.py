@@ -175,6 +175,7 @@ def write_csv(
     """Write a row an image: path, class, its probability, and the probability of each class.
 
     An image that can't be read is named on stderr and has no row. A terminal shows the progress.
+    A text file such as sys.stdout is set to UTF-8, for any name of a file.
 
     Returns:
         how many images could not be read.
@@ -182,7 +183,7 @@ def write_csv(
     from tqdm import tqdm
 
     if isinstance(to, io.TextIOWrapper):
-        to.reconfigure(encoding="utf-8", errors="surrogateescape")  # for any name of a file
+        to.reconfigure(encoding="utf-8", errors="surrogateescape")
     rows = csv.writer(to, lineterminator="\n")
     rows.writerow(["path", "class", "probability", *network.classes])
     skipped = 0

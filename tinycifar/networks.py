@@ -250,11 +250,10 @@ def own_network(num_classes: int, name: str) -> nn.Module:
     right = isinstance(answer, Tensor) and answer.shape == (2, num_classes)
     if not right or not torch.allclose(answer.exp().sum(1), torch.ones(2)):
         what = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        sums = ", of which the exponentials don't add up to 1" if right else ""
         raise ValueError(
             f"network {name!r} must answer a batch (N, 3, H, W) with log-probabilities (N, "
-            f"{num_classes}), as log_softmax(dim=1) gives; its answer to two images is {what}"
-            + ", of which the exponentials don't add up to 1"
-            * right
+            f"{num_classes}), as log_softmax(dim=1) gives; its answer to two images is {what}{sums}"
         )
     layer_costs(network)  # what can't be counted is refused before it is trained
     return network

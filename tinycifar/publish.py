@@ -40,11 +40,6 @@ _MARKS = (
     re.compile(r"(<!--v (.+?)-->)[^<]*(<!--/v-->)"),
 )
 _OPENING = re.compile(r"<!--(?:v .+?| [\w-]+ )-->")
-BENCHMARK = _ROOT / "benchmarks" / "cpu.json"
-PRUNING, OVERHEAD = (BENCHMARK.with_name(f"{n}.json") for n in ("pruning", "queue_overhead"))
-INFERENCE = _ROOT / "benchmarks" / "inference.json"
-INT8 = _ROOT / "benchmarks" / "int8.json"
-EXPORTED = RESULTS / "export" / "export.json"
 STUDIES = RESULTS / "studies"
 
 Studies = dict[str, list[Run]]  # the runs of each, by its name
@@ -128,11 +123,11 @@ def _tables(runs: list[Run], studies: Studies) -> dict[str, str]:
         **{name: markdown(frame) for name, frame in frames.items()},
         "runs": "".join(map(_run_line, runs)),
         "drops": "\n".join(markdown(analysis.drops_table(run)) for run in _baselines(runs)),
-        "speed": speed_table(_read(BENCHMARK)),
+        "speed": speed_table(_benchmark("cpu")),
         "int8": _int8_table(),
-        "inference": inference_table(_read(INFERENCE)),
-        "pruning": markdown(pruning_table(_read(PRUNING))),
-        "overhead": markdown(overhead_table(_read(OVERHEAD))),
+        "inference": inference_table(_benchmark("inference")),
+        "pruning": markdown(pruning_table(_benchmark("pruning"))),
+        "overhead": markdown(overhead_table(_benchmark("queue_overhead"))),
     }
 
 
@@ -151,9 +146,9 @@ def _values(runs: list[Run], studies: Studies) -> dict[str, str]:
                 found[f"{study}/{row['variation']}.gain"] = gain
         for row in _rows(analysis.runs_table(varied)):
             found |= accuracies(f"{study}/{row['recipe'].replace('_', ' ')}", row)
-    measured = _read(BENCHMARK)["figures"] + _read(INFERENCE)["figures"]
+    measured = _benchmark("cpu")["figures"] + _benchmark("inference")["figures"]
     speed = {f"speed.{row['figure']}": row["measured"] for row in measured}
-    for row in _read(EXPORTED)["files"]:
+    for row in card.exported():
         speed[f"export.{row['file']}.kilobytes"] = f"{row['bytes'] / 1000:.0f}"
     found |= _published_values() | _reference_values(runs) | speed
     return found | _answers() | card.values()
@@ -206,7 +201,7 @@ def _reference_values(runs: list[Run]) -> dict[str, str]:
 
 def _answers() -> dict[str, str]:
     """How long an answer takes: what benchmarks/answers.py measured."""
-    result = _read(_ROOT / "benchmarks" / "answers.json")
+    result = _benchmark("answers")
     seconds, page = result["predict_seconds"], result["page_milliseconds"]
     return {
         "answers.machine": "{processor}, {threads} threads".format_map(result["machine"]),
@@ -215,8 +210,9 @@ def _answers() -> dict[str, str]:
     }
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+def _benchmark(name: str) -> Any:
+    """What benchmarks/ holds by that name."""
+    return json.loads((_ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -297,7 +293,7 @@ def _int8_table() -> str:
             "validation accuracy, %": f"{row['val_acc']:.2f}",
             "validation loss": f"{row['val_loss']:.4f}",
         }
-        for row in json.loads(INT8.read_text(encoding="utf-8"))
+        for row in _benchmark("int8")
     ]
     return markdown(pd.DataFrame(rows))
 
@@ -373,7 +369,7 @@ def _figures() -> Iterator[tuple[Path, Figure]]:
     for name, varied in compared_studies().items():
         title = f"Study {name}: gains over its base"
         yield STUDIES / name / "study.png", analysis.plot_study(varied, title)
-        if (study := load_study(STUDIES.parents[1] / "studies" / f"{name}.yaml")).search:
+        if (study := load_study(_ROOT / "studies" / f"{name}.yaml")).search:
             search = analysis.load_search(study, STUDIES / name)
             for what in analysis.SEARCH_FIGURES:
                 yield STUDIES / name / f"{what}.png", analysis.plot_search(search, what)

@@ -169,7 +169,9 @@ def _outputs(
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the quantisers' ranges by batches of normalised training images, float32 (N, 3, H, W)."""
-    model.train()
+    quantisers = [module for module in model.eval().modules() if isinstance(module, Quantiser)]
+    for quantiser in quantisers:
+        quantiser.train()
     with torch.no_grad():
         for batch in batches:
             model(batch)

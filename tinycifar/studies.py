@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice, product
@@ -137,8 +138,8 @@ def _search(content: dict, base: Recipe, seeds: tuple[int, ...]) -> Search | Non
         raise ValueError(
             f"a search has one seed; got {list(seeds)}: 'confirm: 3' gives the best 3 two more"
         )
-    sampler, prune = content.get("sampler", "tpe"), str(content.get("prune", "median"))
-    prune = "none" if content.get("prune", "median") is None else prune  # null is YAML's none
+    sampler, prune = content.get("sampler", "tpe"), content.get("prune", "median")
+    prune = "none" if prune is None else prune  # null is YAML's none
     check_choice("sampler", sampler, trials.SAMPLERS)
     check_choice("prune", prune, trials.PRUNERS)
     ranges = {
@@ -169,24 +170,25 @@ def _range(base: Recipe, name: object, values: Any) -> optuna.distributions.Base
         if not plain or not values or len(set(map(repr, values))) < len(values):
             raise ValueError(f"{where}: choices must be different plain values; got {values!r}")
         return optuna.distributions.CategoricalDistribution(values)
-    if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= _RANGE:
+    if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= {
+        "low",
+        "high",
+        "log",
+        "step",
+    }:
         raise ValueError(
             f"{where} must be a list of choices, or {{low: 0.1, high: 1}}, with log: true or a "
             f"step where wanted; got {values!r}"
         )
-    ends = [_changed(base, where, {name: values[end]}, "trial") for end in ("low", "high")]
-    low, high = (getattr(end, str(name)) for end in ends)
-    for end, value in (("low", low), ("high", high)):
-        check_number(f"{where}: {end}", value, float("-inf"))
+    for end in ("low", "high"):
+        recipe = _changed(base, where, {name: values[end]}, "trial")
+        check_number(f"{where}: {end}", getattr(recipe, str(name)), float("-inf"))
     whole = Recipe.__annotations__[str(name)].startswith("int")
     kind = "IntDistribution" if whole else "FloatDistribution"
     try:
         return getattr(optuna.distributions, kind)(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
-
-
-_RANGE = {"low", "high", "log", "step"}
 
 
 def _check_together(base: Recipe, ranges: Mapping[str, Any]) -> None:
@@ -317,8 +319,8 @@ def train_study(study: str | Path | Study, **options: Any) -> list[dict[str, Any
 
     Args:
         study: the path of a file, or what `load_study` made of it.
-        options: those of `train_many`; folder: runs/<name of the file>, test: what the study says,
-            unless given.
+        options: those of `train_many` but `protocol`; folder: runs/<name of the file>, test: what
+            the study says, unless given.
 
     Returns:
         What the metrics.json of each whole run holds, those of the base first; then, of a search,
@@ -392,11 +394,9 @@ class _Sweep:
         settings = self.settings | {"dataset": self.data}
         experiments = [settle(recipe, seed, **settings) for recipe, seed in pairs]
         runs = [RunDirectory(self.folder / one.name) for one in experiments]
-        for one in experiments:
-            if sum(other.name == one.name for other in experiments) > 1:
-                raise ValueError(
-                    f"two runs would go into {one.name}: name recipes and seeds only once"
-                )
+        times = Counter(one.name for one in experiments)
+        if twice := [name for name in times if times[name] > 1]:
+            raise ValueError(f"two runs would go into {twice[0]}: name recipes and seeds only once")
         waiting = {}
         for run, one in zip(runs, experiments, strict=True):
             if run.kept(one.identity) is None or not trials.is_done(run, self.test):
@@ -405,12 +405,13 @@ class _Sweep:
             elif self.progress:
                 print(f"{one.name}  kept: {_outcome(run)}", flush=True)
         if waiting or search is not None:
+            of_all = ("protocol", "dataset", "limit", "data_sha256")
             plan = Plan(
                 url=self.storage,
                 name=name or f"runs {json_sha256([one.identity for one in experiments])[:12]}",
                 folder=self.folder,
                 settings=self.settings,
-                identity={key: experiments[0].identity[key] for key in _OF_ALL_RUNS},
+                identity={key: experiments[0].identity[key] for key in of_all},
                 search=search,
                 runs=frozenset(one.name for one in experiments),
                 threads=self.threads,
@@ -442,9 +443,6 @@ class _Sweep:
             )
 
 
-_OF_ALL_RUNS = ("protocol", "dataset", "limit", "data_sha256")
-
-
 def _most_jobs(device: torch.device, threads: int) -> int:
     """One for every `threads` cores; on a GPU JOBS_ON_A_GPU at most."""
     jobs = max(1, _cores() // threads)
@@ -459,7 +457,7 @@ def _cores() -> int:
 
 
 def _outcome(run: RunDirectory) -> str:
-    """Not the test accuracy where there is another to choose by."""
+    """How a kept run came out: on validation where it can, which is what to choose by."""
     metrics = run.metrics()
     where = "validation" if metrics["protocol"] == "val" else "test"
     accuracy = metrics["val_acc" if where == "validation" else "test_acc"]

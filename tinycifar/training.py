@@ -548,6 +548,8 @@ class Trainer:
     def measure(self, test: bool = True) -> dict[str, Any]:
         """Evaluate the selected weights on test: all that metrics.json holds of the training.
 
+        Afterwards `evaluated` holds these weights: no training goes on from here.
+
         Args:
             test: False puts None for the figures on test.
 

@@ -384,9 +384,10 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         for study, trial in again:
             _queue_again(study, trial, afresh=True)
         for name, attributes in wanted.items():
-            gone = name in there and there[name].state == TrialState.COMPLETE
-            missing = name not in there or gone or (name in failed and changed[name])
-            if missing and not is_done(RunDirectory(plan.folder / name), plan.test):
+            one = there.get(name)
+            missing = one is None or one.state == TrialState.COMPLETE  # or its folder was removed
+            other = name in failed and changed[name]
+            if (missing or other) and not is_done(RunDirectory(plan.folder / name), plan.test):
                 whole.enqueue_trial({}, user_attrs=attributes)
         if plan.search is not None:
             for _ in range(plan.search.trials - len(latest(search[0]))):

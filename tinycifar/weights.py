@@ -44,21 +44,21 @@ def load_pretrained(run: str | Path = DEFAULT) -> Any:
 
 def load_network(run: RunDirectory) -> Any:
     """The same for a run directory; see `load_pretrained`."""
-    config, own = run.config(), False
+    config = run.config()
+    # Ours is built on "meta": nothing is drawn from a random stream that a training may use.
+    # A network of one's own may hold tensors that aren't in the file, so it is really built.
+    own = "class" in config["model"]
     try:
-        # Ours is built on "meta": nothing is drawn from a random stream that a training may use.
-        # A network of one's own may hold tensors that aren't in the file, so it is really built.
-        own = "class" in config["model"]
         with torch.random.fork_rng([]) if own else torch.device("meta"):
             model: Any = make_network(len(config["classes"]), config["model"])
-        model.classes = tuple(config["classes"])
-        model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         if own:
             raise
         raise ValueError(
             f"{run.path / 'config.json'} is not the config.json of a run: {error!r}"
         ) from error
+    model.classes = tuple(config["classes"])
+    model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
     run.verify_weights()
     model = model if own else model.to_empty(device="cpu")
     return load_weights(run.path / "best.pt", model).eval()

@@ -132,10 +132,9 @@ def presented(frame: pd.DataFrame) -> pd.DataFrame:
 def mean_std(row: Mapping[str, Any] | pd.Series, name: str, form: str = "{:.2f}") -> str:
     """Mean ± sample standard deviation; for n = 2 the mean and both values, for n = 1 the mean."""
     mean, std, low, high = (row[f"{name}{suffix}"] for suffix in ("", *SUFFIXES))
-    n = row.get("n", 3)
-    if n > 2:
+    if row["n"] > 2:
         return f"{form.format(mean)} ± {form.replace('+', '').format(std)}"
-    both = f" ({form.format(low)}, {form.format(high)})" if n == 2 else ""
+    both = f" ({form.format(low)}, {form.format(high)})" if row["n"] == 2 else ""
     return form.format(mean) + both
 
 
@@ -171,7 +170,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def _plain(value: Any, form: str) -> str:
-    if value is None or value is pd.NA or value != value:
+    if pd.isna(value):
         return NOTHING
     if form:
         return form.format(value)

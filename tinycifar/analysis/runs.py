@@ -361,7 +361,7 @@ def published_networks() -> pd.DataFrame:
 # ----------------------------------------------------------------------------------- predictions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """What a network predicts of some images, and their labels.
 

@@ -149,11 +149,11 @@ def _statistics(*columns: str) -> dict[str, tuple[str, Any]]:
     (The seeds that confirm a trial may have a test accuracy before the trial itself has one.)
     """
     each = {"": "mean", "_std": "std", "_min": "min", "_max": "max"}
-
-    def of_all(how: str) -> Any:
-        return lambda values: values.agg(how) if values.notna().all() else np.nan
-
-    return {f"{c}{suffix}": (c, of_all(how)) for c in columns for suffix, how in each.items()}
+    return {
+        f"{c}{suffix}": (c, lambda values, how=how: getattr(values, how)(skipna=False))
+        for c in columns
+        for suffix, how in each.items()
+    }
 
 
 def _range(column: str) -> dict[str, tuple[str, str]]:
