@@ -134,7 +134,7 @@ async function answer() {
     bar.classList.toggle("best", i === best);
     bar.lastChild.textContent = percent(probabilities[i]);
   });
-  byId("time").textContent = `${milliseconds.toFixed(1)} ms`;
+  byId("time").textContent = `Inference: ${milliseconds.toFixed(1)} ms`;
   say(`${classes[best]}, ${percent(probabilities[best])}`);
   byId("answer").scrollIntoView({ block: "nearest" });
 }
