@@ -184,7 +184,7 @@ def test_fused_knows_what_the_network_knows():
 
 
 def test_fuse_refuses_what_it_cant_fold():
-    with pytest.raises(ValueError, match="takes a network in eval mode: call model"):
+    with pytest.raises(ValueError, match="folded in eval mode only: call model"):
         fuse(NetCIFAR10_Tiny(width=0.1).train())
 
 
