@@ -486,6 +486,8 @@ def plot_search(search: optuna.Study, what: str = "history") -> Figure:
         panels[0].get_legend().remove()
         panels[0].set(xlabel="importance", ylabel="")
     for axes in panels:  # Optuna brings a style of its own
+        for dots in axes.collections:
+            dots.set_cmap("viridis_r")  # of Optuna's Blues the first can't be seen
         axes.set_facecolor("white")
         axes.grid(color=GREY, alpha=0.3)
         if axes.get_xscale() == "log":
