@@ -1019,6 +1019,13 @@ def test_labels_of_points_do_not_overlap(write_run):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_a_name_wider_than_the_figure_still_stands_at_its_point(write_run):
+    name = "long" * 40
+    figure = analysis.plot_accuracy_vs_cost(write_run("r", recipe=name, test_acc=90))
+    (label,) = (text for text in figure.axes[0].texts if name in text.get_text())
+    assert abs(label.xyann[1]) < 30, "points above or below it"
+
+
 def test_settings_of_matplotlib_are_left_alone(write_run):
     plt.rcdefaults()  # whatever an earlier test has left
     before = dict(plt.rcParams)

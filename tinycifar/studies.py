@@ -170,12 +170,8 @@ def _range(base: Recipe, name: object, values: Any) -> optuna.distributions.Base
         if not plain or not values or len(set(map(repr, values))) < len(values):
             raise ValueError(f"{where}: choices must be different plain values; got {values!r}")
         return optuna.distributions.CategoricalDistribution(values)
-    if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= {
-        "low",
-        "high",
-        "log",
-        "step",
-    }:
+    known = {"low", "high", "log", "step"}
+    if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= known:
         raise ValueError(
             f"{where} must be a list of choices, or {{low: 0.1, high: 1}}, with log: true or a "
             f"step where wanted; got {values!r}"

@@ -386,8 +386,8 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
         for name, attributes in wanted.items():
             one = there.get(name)
             missing = one is None or one.state == TrialState.COMPLETE  # or its folder was removed
-            other = name in failed and changed[name]
-            if (missing or other) and not is_done(RunDirectory(plan.folder / name), plan.test):
+            revised = name in failed and changed[name]
+            if (missing or revised) and not is_done(RunDirectory(plan.folder / name), plan.test):
                 whole.enqueue_trial({}, user_attrs=attributes)
         if plan.search is not None:
             for _ in range(plan.search.trials - len(latest(search[0]))):

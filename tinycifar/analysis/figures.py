@@ -777,7 +777,7 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[Any, ...]])
             line = line[np.hypot(*(line - spot).T) > 9]  # the rest is on the point itself
             boxes = np.vstack([[*low, *(low + size)], _boxes(line, 1)])
             inside = (boxes[:, :2] > frame[:2]).all() and (boxes[:, 2:] < frame[2:]).all()
-            cost = 2 * _overlap(boxes, taken) + math.dist(spot, end) if inside else math.inf
+            cost = 2 * _overlap(boxes, taken) + math.dist(spot, end) + 1e6 * (not inside)
             if cost < least:
                 least, best = cost, boxes
                 look["arrowprops"] = {**_LINE, "relpos": shares} if far else None
