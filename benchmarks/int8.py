@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -49,12 +50,11 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     note("all", False, network)
-    levels = quantise.WEIGHT_LEVELS
-    for name, (exact, quantise.WEIGHT_LEVELS) in ways.items():
-        model = quantise.simulated_int8(network, exact)
-        quantise.calibrate(model, batches)
-        note(name, False, model)
-    quantise.WEIGHT_LEVELS = levels
+    for name, (exact, largest) in ways.items():
+        with mock.patch.object(quantise, "MAX_WEIGHT", largest):
+            model = quantise.simulated_int8(network, exact)
+            quantise.calibrate(model, batches)
+            note(name, False, model)
     note("the first and the head", True, load_pretrained("int8"))
     (HERE / "int8.json").write_text(json.dumps(rows, indent=2) + "\n")
 

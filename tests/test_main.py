@@ -15,7 +15,7 @@ from PIL import Image
 
 from tinycifar import studies, training, weights
 from tinycifar.__main__ import _arguments, _values, literal, main
-from tinycifar.paths import CHECKOUT
+from tinycifar.paths import CHECKOUT, RESULTS
 from tinycifar.run_directory import RunError
 
 # Nothing in them may be carried out by a shell, or by make.
@@ -124,6 +124,18 @@ def test_an_image_of_any_name_is_classified(tmp_path, monkeypatch, capsys, name)
     main(["predict", "--top", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0].split()[0].endswith("%")
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path):
+    """`predict ... | head`."""
+    image, onnx = str(tmp_path / "image.png"), str(RESULTS / "export" / "net.onnx")
+    Image.new("RGB", (32, 32)).save(image)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tinycifar", "predict", image, "--onnx", onnx]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])

@@ -13,7 +13,7 @@ from tinycifar import get_recipe, train
 from tinycifar.acceleration import accelerated
 from tinycifar.networks import BlueprintNet, make_network
 from tinycifar.quantise import (
-    WEIGHT_LEVELS,
+    MAX_WEIGHT,
     Int8Conv,
     Quantiser,
     calibrate,
@@ -74,7 +74,7 @@ def test_weights_are_rounded_channel_by_channel():
     torch.testing.assert_close(
         seen[0], (conv.weight_scale() * levels.round())[:, 0, 1, 1, None, None]
     )
-    assert WEIGHT_LEVELS * 255 * 2 < 2**15, "pairs of products fit into 16 bits"
+    assert MAX_WEIGHT * 255 * 2 < 2**15, "pairs of products fit into 16 bits"
 
 
 @pytest.mark.parametrize("make", [NetCIFAR10_Tiny, BlueprintNet])

@@ -328,12 +328,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = _arguments(sys.argv[1:] if argv is None else argv)
         with command.make_context("python -m tinycifar", arguments or ["--help"]) as context:
             command.invoke(context)
+            sys.stdout.flush()
     except typer.Exit as end:  # of --help
         sys.exit(end.exit_code)
     except typer.TyperException as error:
         _end(f"error: {error.format_message()}", error, error.exit_code)
     except KeyboardInterrupt as error:
         _end("interrupted: repeated, a training goes on from its last finished epoch", error, 130)
+    except BrokenPipeError:  # of `predict ... | head`: whoever read is content
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(1)
     except (ImportError, MemoryError, OSError, ValueError, RuntimeError) as error:
         _end(f"error: {explained(str(error) or type(error).__name__)}", error, 1)
 

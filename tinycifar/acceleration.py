@@ -128,8 +128,7 @@ def accelerated(
         norms: False leaves the BatchNorms as they are: `NormReLU` is faster only when it is
             compiled.
     """
-    tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, memo=tensors)
+    twin = _copy_sharing_tensors(model)
     norms = norms and model.training and _a_relu_follows_each_norm(model)
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
@@ -145,6 +144,11 @@ def accelerated(
 def is_depthwise(conv: nn.Conv2d) -> bool:
     """Whether each of its filters sees one channel. (A network of one channel has none such.)"""
     return conv.groups == conv.in_channels > 1
+
+
+def _copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """A deep copy, whose modules can be replaced, with the model's own parameters and buffers."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def _a_relu_follows_each_norm(model: nn.Module) -> bool:
@@ -339,8 +343,7 @@ class MixedPrecision(nn.Module):
 
     def __init__(self, model: nn.Module, precision: torch.dtype):
         super().__init__()
-        tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.model, self.precision = copy.deepcopy(model, memo=tensors), precision
+        self.model, self.precision = _copy_sharing_tensors(model), precision
         self.model.gap = nn.Sequential(_Float32(), model.get_submodule("gap"))
         convs = (nn.Conv2d, FastDepthwise)
         self.rounded = [

@@ -68,7 +68,7 @@ _NO_MEMORY = re.compile(
 
 def explained(message: str) -> str:
     """An error's message; where it means that memory ran out, says so, and what to do."""
-    if "memory ran out" in message or not _NO_MEMORY.search(message):
+    if not _NO_MEMORY.search(message):
         return message
     return (
         f"most likely memory ran out ({message}): close other programs, or use a machine with more "

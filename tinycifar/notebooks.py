@@ -18,12 +18,10 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from tinycifar.checks import explained
 from tinycifar.paths import CHECKOUT, absolute, home, shown
 
 NOTEBOOKS = (CHECKOUT or Path.cwd()) / "notebooks"
@@ -155,10 +153,7 @@ def _settle(declared: dict[str, set[str]], given: Parameters) -> tuple[Path, dic
 def _settle_apart(*arguments: Any) -> tuple[Path, dict[str, Parameters]]:
     """`_settle` in a process that ends: kernels have better use for the 0.4 GB that torch takes."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_settle, *arguments).result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(explained(str(error))) from error
+        return pool.submit(_settle, *arguments).result()
 
 
 def _folder(names: list[str], trains: bool, given: str, default: str) -> Path:
@@ -205,10 +200,8 @@ def _execute(name: str, folder: Path, parameters: Parameters) -> None:
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from error
-        says = explained(error.evalue or error.ename)
+        says = error.evalue or error.ename
         raise RuntimeError(f"{says} [{error.ename}; see {running.name}]") from error
-    except RuntimeError as error:  # the kernel died
-        raise RuntimeError(explained(str(error))) from error
     for key in ("input_path", "output_path"):  # this machine's, in what is meant to be shared
         del notebook.metadata.papermill[key]
     nbformat.write(notebook, running)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Of the weights: seven bits. On a CPU without VNNI, and in browsers, products are added in pairs in
 # 16 bits, which 2 * 255 * 64 just fits; with eight bits the sums would saturate, on some machines.
-WEIGHT_LEVELS = 63
-ACTIVATION_LEVELS = 255
+MAX_WEIGHT = 63
+MAX_ACTIVATION = 255
 PACE = 0.01  # of the moving average of the range
 
 
@@ -55,11 +55,11 @@ class Quantiser(nn.Module):
                 self.low.lerp_(x.amin().clamp(max=0), pace)
                 self.high.lerp_(x.amax().clamp(min=0), pace)
         scale, zero = self.scale_and_zero()
-        return _Rounded.apply(x, scale, zero, 0, ACTIVATION_LEVELS)
+        return _Rounded.apply(x, scale, zero, 0, MAX_ACTIVATION)
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """The size of a level and the level that means 0: float32 scalars."""
-        scale = (self.high - self.low).clamp(min=1e-8) / ACTIVATION_LEVELS
+        scale = (self.high - self.low).clamp(min=1e-8) / MAX_ACTIVATION
         return scale, (-self.low / scale).round()
 
 
@@ -73,13 +73,13 @@ class Int8Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight_scale()
-        weight = _Rounded.apply(self.weight, scale, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS)
+        weight = _Rounded.apply(self.weight, scale, 0, -MAX_WEIGHT, MAX_WEIGHT)
         return self._conv_forward(self.input(x), weight, self.bias)
 
     def weight_scale(self) -> Tensor:
         """The size of a level of the weights: float32 (out_channels, 1, 1, 1)."""
         largest = self.weight.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
-        return largest.clamp(min=1e-8) / WEIGHT_LEVELS
+        return largest.clamp(min=1e-8) / MAX_WEIGHT
 
 
 class _Rounded(torch.autograd.Function):
