@@ -17,6 +17,8 @@ from tinycifar import data, training
 from tinycifar.paths import CHECKOUT
 from tinycifar.run_directory import RunDirectory
 
+for name in [name for name in os.environ if name.startswith("TINYCIFAR_")]:  # options of commands
+    del os.environ[name]
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
 
 

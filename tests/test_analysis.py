@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import search_study, searched
 from matplotlib.text import Text
+from scipy.stats import ttest_ind
 from torch import nn
 
 import augment
@@ -30,7 +31,7 @@ from tinycifar.networks import BlueprintNet
 from tinycifar.paths import RESULTS
 from tinycifar.recipes import RECIPES, Recipe, get_recipe
 from tinycifar.run_directory import HISTORY_COLUMNS, RunError
-from tinycifar.studies import load_study
+from tinycifar.studies import chosen, load_study
 from tinycifar.training import train
 from tinycifar.weights import load_pretrained
 
@@ -360,9 +361,9 @@ def a_study(write_run):
     """Two runs of the base, two of a better variation, one of a worse, one unfinished."""
     runs = []
     for name, lr, accuracies in (
-        ("base", 0.1, [40, 42]),
+        ("base", 0.1, [40.8, 41.2]),
         ("worse", 0.05, [35]),
-        ("higher_rate", 0.2, [45, 49]),
+        ("higher_rate", 0.2, [46.7, 47.3]),
     ):
         for seed, accuracy in enumerate(accuracies):
             how = {"recipe": name, "seed": seed, "val_acc": float(accuracy), "fields": {"lr": lr}}
@@ -376,15 +377,15 @@ def test_a_study_is_compared_with_its_base(a_study, write_run):
     assert table["changes"].tolist() == ["", "lr=0.2", "lr=0.05"]
     # What 5,000 images tell of how far seeds differ, ten times, and what the two pairs tell.
     by_the_count = 100**2 * 0.41 * 0.59 / (2 * 5_000)
-    seeds = statistics.variance([40, 42]) + statistics.variance([45, 49])
+    seeds = statistics.variance([40.8, 41.2]) + statistics.variance([46.7, 47.3])
     spread = math.sqrt((10 * by_the_count + seeds) / 12)
-    assert table["gain"].tolist()[1:] == [6, -6]
+    assert table["gain"].tolist()[1:] == pytest.approx([6, -6])
     assert table["clear"].tolist() == [False, True, False], "one seed alone isn't enough"
     errors = [spread, spread * math.sqrt(1 + 1 / 2)]
     assert table["gain_error"].tolist()[1:] == pytest.approx(errors)
     cells = shown(table)[1]
     assert (
-        f"**+6.00 ± {spread:.2f}**" in cells.values() and "47.00 (45.00, 49.00)" in cells.values()
+        f"**+6.00 ± {spread:.2f}**" in cells.values() and "47.00 (46.70, 47.30)" in cells.values()
     )
     assert "CIFAR-10, 4 epochs" in table.attrs["note"] and "left out: 1 run" in table.attrs["note"]
     # An older run may have used a field that recipes don't have any more, and one was ended early.
@@ -464,6 +465,12 @@ def test_a_gain_is_clear_where_a_t_test_says_so():
     # Seeds that agree by chance don't make half a point clear; those that don't, blur a whole one.
     assert not gain([90.0, 90.0, 90.0], [90.5])["clear"]
     assert not gain([89.0, 90.0, 91.0], [91.2])["clear"]
+    # Where they differ by more than the images explain, they alone count, as in any t-test.
+    base, other = [77.0, 79.0, 78.0], [79.5, 82.0, 81.0]
+    test, row = ttest_ind(other, base), gain(base, other)
+    assert 0.01 < test.pvalue < 0.05 and row["clear"]
+    assert row["gain"] / row["gain_error"] == pytest.approx(test.statistic)
+    assert row["gain"] - row["gain_interval"] == pytest.approx(test.confidence_interval().low)
     # Many seeds speak for themselves.
     many = [90 + 0.01 * i for i in range(60)]
     error = gain(many, [a + 1 for a in many])["gain_error"]
@@ -1059,6 +1066,10 @@ def test_what_is_compared_of_a_search(search_folder):
     # Confirmed by other seeds, the one that it was chosen by is left out.
     confirmed = replace(study, search=replace(study.search, confirm=1))
     assert len(analysis.study_runs(confirmed, search_folder / "runs")) == 1
+    twice = replace(study.search, confirm=2)
+    two, ranked = chosen(twice, search_folder / "runs"), sorted(accuracy.values())[::-1]
+    assert [seed for _, seed in two] == [0, 1, 2] * 2
+    assert [accuracy[f"{r.name}-val-seed0"] for r, _ in two[::3]] == ranked[:2]
     table = analysis.study_table(runs)
     assert table["variation"].tolist() == ["base", names[1].split("-")[0].replace("_", " ")]
 
@@ -1084,8 +1095,9 @@ def test_a_search_is_read_and_drawn(search_folder, monkeypatch):
     file, folder = search_folder / "rates.yaml", search_folder / "runs"
     search = analysis.load_search(file, folder)
     table = analysis.search_table(search)
-    assert table.to_dict("records")[0] | {"highest_val_acc": 0} == {
-        "outcome": "complete", "trials": 5, "epochs": 15, "highest_val_acc": 0,
+    assert table.to_dict("records")[0] == {
+        "outcome": "complete", "trials": 5, "epochs": 15,
+        "highest_val_acc": max(trial.value for trial in search.trials),
     }  # fmt: skip
     assert "15 of the 15" in table.attrs["note"] and "NOT CIFAR-10" in table.attrs["note"]
     before = dict(plt.rcParams)

@@ -233,6 +233,13 @@ def test_holes(build, size):
 
 
 @every_build
+def test_a_hole_comes_after_the_crop_so_that_its_border_has_one_too(build):
+    policy = Policy(crop_padding=8, border="constant", hole=8, hole_p=1.0, fill=(255, 0, 255))
+    red, green, _ = grey_levels(policy, build, np.zeros((32, 32, 3), np.uint8), 200).T.round()
+    assert ((red == 255) & (green == 0)).sum((0, 1)).tolist() == [64] * 200
+
+
+@every_build
 def test_everything_is_independent(build):
     """Steps that share a seed, as albumentations' `set_random_seed` makes them, are not."""
     seen = warps("reference", build, (32, 32))

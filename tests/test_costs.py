@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
-from tinycifar.costs import layer_costs, receptive_field
+from tinycifar.costs import FUNCTIONS, layer_costs, receptive_field
 from tinycifar.networks import BlueprintNet
 
 
@@ -50,11 +51,36 @@ def test_costs_agree_with_torchs_own_counters(name):
     assert counter.get_total_flops() == 2 * sum(row.macs for row in rows)
 
 
-def test_frozen_parameters_are_not_counted():
-    model = NetCIFAR10_Tiny(width=0.1)
-    model.head.requires_grad_(False)
-    rows = {row.name: row.params for row in layer_costs(model)}
-    assert rows["head"] == 0 and rows["c1.0.0"] > 0
+class Functions(nn.Module):
+    """Parameters, products and a convolution outside of the layers that are called; frozen ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters = nn.Parameter(torch.ones(8, 3, 3, 3))
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 10).requires_grad_(False)
+
+    def forward(self, x):
+        tokens = F.conv2d(x, self.filters, stride=4, padding=1).flatten(2).transpose(1, 2)
+        return self.head(self.attend(tokens, tokens, tokens)[0].mean(1))
+
+
+def test_what_is_computed_outside_of_layers_is_counted_too():
+    model = Functions()
+    *layers, rest = layer_costs(model)
+    own = [("head", 90, 80), ("", 216, 0)]  # the filters are the network's own
+    assert [(row.name, row.params, row.macs) for row in layers] == own
+    assert rest.name == FUNCTIONS
+    assert rest.params + 306 == sum(p.numel() for p in model.parameters())
+    attention = 64 * 8 * 8 * 4 + 2 * 64 * 64 * 8  # four projections, and two products of 64 tokens
+    assert rest.macs == 8 * 27 * 64 + attention
+
+
+def test_a_fused_networks_costs_are_one_row():
+    net = NetCIFAR10_Tiny(width=0.1)
+    [row] = layer_costs(fuse(net.eval()))
+    assert row.macs == sum(row.macs for row in layer_costs(net))
 
 
 def test_receptive_field_ends_at_45():
@@ -96,7 +122,6 @@ def test_looking_at_a_network_leaves_it_alone():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("count", [layer_costs, receptive_field])
-def test_layers_that_cant_be_seen_are_not_left_out_in_silence(count):
-    with pytest.raises(ValueError, match=r"FusedNet runs function without .* before fuse"):
-        count(fuse(NetCIFAR10_Tiny(width=0.1).eval()))
+def test_layers_that_cant_be_seen_are_not_left_out_in_silence():
+    with pytest.raises(ValueError, match=r"FusedNet calls no convolution .* before fuse"):
+        receptive_field(fuse(NetCIFAR10_Tiny(width=0.1).eval()))

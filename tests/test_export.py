@@ -18,7 +18,7 @@ from tinycifar import get_recipe, train
 from tinycifar.checks import DataUnavailable
 from tinycifar.data import Stats
 from tinycifar.evaluation import log_probabilities
-from tinycifar.export import FILES, answers, export, int8_network, onnx_model, ort_session
+from tinycifar.export import FILES, answers, export, int8_network, onnx_model, ort_session, sources
 from tinycifar.paths import DEFAULT, RESULTS
 from tinycifar.run_directory import PRETRAINED, RunError
 from tinycifar.weights import load_pretrained
@@ -199,6 +199,26 @@ def test_what_cant_be_exported_is_said_and_nothing_is_written(runs, tiny, tmp_pa
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"needs onnxruntime.*extra `export`"):
         export(runs / "tiny", into, dataset=tiny)
+
+
+def test_int8_is_calibrated_on_training_images_alone(runs, tiny):
+    other = replace(tiny, test_images=np.zeros_like(tiny.test_images))
+    one, same = (int8_network(runs / "tiny", d).state_dict() for d in (tiny, other))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+
+
+def test_the_published_int8_run_goes_with_its_teacher():
+    run, int8 = sources("taught")
+    assert (run.path.name, int8.path.name) == ("taught-seed2", "int8-seed0")
+
+
+def test_what_left_the_test_set_alone_isnt_exported(tiny, tmp_path):
+    train(SMALL, tmp_path / "r", dataset=tiny, progress=False, test=False)
+    int8 = get_recipe(SMALL, int8=True, teacher=str(tmp_path / "r"), epochs=1)
+    train(int8, tmp_path / "q", dataset=tiny, progress=False)
+    for name in "rq":
+        with pytest.raises(RunError, match="r isn't finished and tested"):
+            export(tmp_path / name, tmp_path / "out")
 
 
 def test_a_file_that_answers_otherwise_is_refused(runs, tiny, tmp_path, monkeypatch):

@@ -182,10 +182,9 @@ class Residue(MyNet):
     def forward(self, x):
         return self.one * super().forward(x) + 0 * self.scale.sum()
 
-class Unseen(MyNet):
-    def __init__(self, num_classes):
-        super().__init__(num_classes)
-        self.auxiliary = nn.Linear(16, 3)
+class OneSize(MyNet):
+    def forward(self, x):
+        return super().forward(x.view(-1, 3, 32, 32))
 
 class Fails(MyNet):
     def forward(self, x):
@@ -276,7 +275,6 @@ def test_workers_import_what_the_caller_can(mine, tiny, tmp_path):
         ("my_net:Missing", "can't be imported .*has no attribute 'Missing'"),
         ("os:getcwd", "must be a class derived from nn.Module; got <built-in function getcwd>"),
         ("my_net:Headless", "has no head: its last feature map must go into a module `gap`"),
-        ("my_net:Unseen", "runs auxiliary without calling it as a module"),
         (
             "my_net:Fails",
             r"fails on images \(2, 3, 32, 32\): .*to have 3 channels",
@@ -299,6 +297,14 @@ def test_what_isnt_a_network_is_refused(mine, tiny, tmp_path, name, says):
     assert not (tmp_path / "r").exists()
     with pytest.raises(ValueError, match="int8 takes a network of this package"):
         get_recipe(SMALL, network=name, int8=True, teacher="tuned")
+
+
+def test_a_network_for_one_size_of_images_needs_a_recipe_with_one(mine, tiny, tmp_path):
+    recipe = get_recipe(SMALL, epochs=1, network="my_net:OneSize")
+    with pytest.raises(ValueError, match=r"fails on images of 16 x 16, .*: give it start_side=32"):
+        train(get_recipe(recipe, start_side=16, grow=1), tmp_path / "r", dataset=tiny)
+    assert not (tmp_path / "r").exists()
+    train(recipe, tmp_path / "r", dataset=tiny, progress=False)
 
 
 def test_parameters_of_ones_own_count_once_and_bfloat16_is_for_convolutions(mine, tiny, tmp_path):
@@ -331,6 +337,8 @@ def test_another_version_of_ones_own_network_is_another_run(mine, tiny, tmp_path
     file.write_text(file.read_text() + "# changed\n")
     with pytest.raises(RunError, match="a run that differs: network_sha256 is"):
         train(recipe, tmp_path / "r", dataset=tiny, progress=False)
+    with pytest.warns(UserWarning, match="file of my_net:MyNet has changed since"):
+        load_pretrained(tmp_path / "r")
 
 
 def test_a_finished_run_outlives_its_class(mine, tiny, tmp_path):

@@ -171,6 +171,13 @@ def test_dirac_adds_the_identity_to_depthwise_filters_alone(make):
         torch.testing.assert_close(after, before + identity, msg=name)
 
 
+def test_dirac_leaves_frozen_filters_alone():
+    net = NetCIFAR10_Tiny(width=0.1).requires_grad_(False)
+    before = [p.clone() for p in net.parameters()]
+    optim.dirac(net)
+    assert all(map(torch.equal, net.parameters(), before))
+
+
 def test_muon_takes_what_mixes_channels_in_a_blueprint_network_too():
     net = BlueprintNet(layout="4 8 8d2").to(memory_format=torch.channels_last)
     _, muon = optim.optimizers(get_recipe("baseline", optimizer="muon"), net)

@@ -98,6 +98,12 @@ def test_verification_finds_the_run_that_claims_too_much(monkeypatch, capsys):
         with pytest.raises(RuntimeError, match="results/quick"):
             publish.verify([run])
         assert capsys.readouterr().out.count("<- differs") == 1
+    measured["val_acc"] = run.metrics["val_acc"]
+    measured["test_loss"] = run.metrics["test_loss"] + 0.0009
+    publish.verify([run])
+    measured["test_loss"] += 0.0003
+    with pytest.raises(RuntimeError, match="results/quick"):
+        publish.verify([run])
 
 
 def test_everything_published_is_verified():

@@ -229,6 +229,7 @@ def test_nan_stops_at_that_step_with_the_checkpoint_intact(tiny, whole, tmp_path
 def test_going_on_under_other_conditions_is_said(tiny, interrupted):
     config = json.loads((interrupted / "config.json").read_text())
     elsewhere = {"threads": 99, "instructions": "ABACUS", "git_commit": "0123abc"}
+    elsewhere |= {"compile": True, "libraries": {"albumentations": "1.0"}}
     del config["numpy"]  # as a run of an earlier version
     (interrupted / "config.json").write_text(json.dumps(config | elsewhere))
     state = torch.load(interrupted / "last.pt", weights_only=True)
@@ -238,6 +239,7 @@ def test_going_on_under_other_conditions_is_said(tiny, interrupted):
         train(FOUR, interrupted, dataset=tiny, progress=False)
     message = str(warned[0].message)
     assert "instructions was ABACUS" in message and "git_commit was 0123abc" in message
+    assert "compile was True" in message and "libraries was {'albumentations'" in message
     assert "numpy" not in message
     assert warned[0].filename == __file__, "the line that called train"
 

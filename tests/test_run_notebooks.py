@@ -20,7 +20,7 @@ from tinycifar.recipes import RECIPES
 SOURCES = {
     "count": ("n = 1\nrun_dir = None", "import sys\nprint('counted', n, sys.executable)"),
     "divide": ("n = 1", "1 / n"),
-    "where": ("n = 1", "import os\nprint('in', os.getcwd())"),
+    "where": ("n = 1", "import os, beside\nprint('in', os.getcwd(), beside.WHERE)"),
     "die": ("how = 9", "import os\nos.kill(os.getpid(), how)"),
     "exhaust": ("n = 1", "raise MemoryError"),
     "learn": ("changes = {}\nforce = False\nlr = None", "print('learns', lr, changes)"),
@@ -67,9 +67,14 @@ def test_a_file_that_is_no_notebook_is_named(small, tmp_path, content):
     assert not (tmp_path / "run").exists()
 
 
-def test_relative_paths_mean_the_same_to_the_kernel_as_to_the_caller(small, tmp_path):
+def test_paths_and_imports_mean_the_same_to_the_kernel_as_to_the_caller(
+    small, tmp_path, monkeypatch
+):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "beside.py").write_text("WHERE = 'lib'")
+    monkeypatch.syspath_prepend("lib")
     run_notebooks(["where"], "run")
-    assert f"in {tmp_path}" in (tmp_path / "run" / "where.ipynb").read_text()
+    assert f"in {tmp_path} lib" in (tmp_path / "run" / "where.ipynb").read_text()
 
 
 def test_links_are_replaced_and_not_followed(small, tmp_path):

@@ -242,6 +242,21 @@ def test_a_wrong_search_is_refused_before_anything_is_stored(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("ranges", "says"),
+    [
+        ({"teacher": [None, "nobody"]}, "no run at 'nobody'"),
+        ({"batch_size": {"low": 20, "high": 512}}, "batch_size must be a whole number from 1 to"),
+    ],
+)
+def test_a_search_that_doesnt_fit_its_data_or_teachers_is_refused_as_well(
+    write_search, tmp_path, tiny, ranges, says
+):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        train_study(write_search(search=ranges), folder=tmp_path / "out", dataset=tiny)
+    assert not (tmp_path / "out").exists()
+
+
 # -------------------------------------------------------------------------------- many at once
 
 

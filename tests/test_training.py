@@ -19,7 +19,7 @@ import augment
 from tiny_cifar10_net import NetCIFAR10_Tiny
 from tinycifar import data, optim, training
 from tinycifar.data import DataSplits, channel_stats, split
-from tinycifar.evaluation import log_probabilities
+from tinycifar.evaluation import evaluate, log_probabilities
 from tinycifar.loaders import key
 from tinycifar.recipes import RECIPES, get_recipe
 from tinycifar.run_directory import RunDirectory, RunError
@@ -504,6 +504,28 @@ def test_a_teacher_that_saw_more_is_refused(tiny, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_the_averaged_weights_are_the_ones_that_are_validated(tiny, tmp_path):
+    metrics = train(get_recipe(SMALL, ema=0.9), tmp_path, dataset=tiny, progress=False)
+    splits = DataSplits(tiny, "val")
+    measured = evaluate(load_pretrained(tmp_path), *splits.selection, splits.stats)
+    assert (metrics["val_loss"], metrics["val_acc"]) == pytest.approx(measured, rel=1e-6)
+
+
+def test_training_loss_and_accuracy_are_means_over_the_images_that_train(tiny):
+    trainer = Trainer(settle(ONE_EPOCH, dataset=tiny))  # val: a tenth is held back
+    trainer.step = lambda images, labels, whole: (torch.tensor(1.0), F.one_hot(labels, 10))
+    assert trainer._train_pass(1) == (1.0, 100.0)
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_kept(tiny, tmp_path, monkeypatch):
+    """After this one had looked, and before it got the lock; `on_epoch` had cut it short."""
+    metrics = train(SMALL, tmp_path, dataset=tiny, progress=False, on_epoch=lambda row: True)
+    monkeypatch.setattr(RunDirectory, "kept", lambda *_: None)
+    assert train(SMALL, tmp_path, dataset=tiny, progress=False) == metrics
+    assert train(SMALL, tmp_path, dataset=tiny, progress=False, test=False) == metrics
+    assert len(RunDirectory(tmp_path).history()) == 1
+
+
 def test_a_teacher_that_diverged_is_named(tiny, tmp_path):
     train(ONE_EPOCH, tmp_path / "t", dataset=tiny, progress=False)
     run = RunDirectory(tmp_path / "t")
@@ -518,6 +540,15 @@ def test_a_teacher_that_diverged_is_named(tiny, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- diverging
+
+
+def test_a_test_loss_that_isnt_finite_is_told_whenever_it_is_measured(tmp_path):
+    wild = {"epochs": 1, "lr": 100.0, "momentum": 0.9999, "schedule": "constant", "width": 0.1}
+    recipe = get_recipe("quick", optimizer="sgd", batch_size=32, **wild)
+    how = {"dataset": data.load("shapes", limit=100), "protocol": "full", "progress": False}
+    train(recipe, tmp_path / "r", test=False, **how)
+    with pytest.raises(RunError, match="the test loss is nan: the training diverged"):
+        train(recipe, tmp_path / "r", **how)
 
 
 def assert_refused_as_diverged(recipe, folder, dataset, says, **settings):

@@ -231,6 +231,47 @@ def test_what_was_taken_out_of_a_study_is_not_trained(make_plan, tmp_path):
     assert plan.unfinished() == 3
 
 
+def test_a_worker_with_an_older_plan_trains_what_a_newer_command_added(make_plan, tmp_path):
+    other = replace(BASE, name="other", lr=0.02)
+    one, both = (
+        {"base-val-seed0": (BASE, 0)},
+        {"base-val-seed0": (BASE, 0), "other-val-seed0": (other, 0)},
+    )
+    older = make_plan({"trials": 1}, runs=frozenset(one))
+    newer = replace(older, search=replace(older.search, trials=2), runs=frozenset(both))
+    queue(older, one)
+    queue(newer, both)
+    work(older)
+    done = {f.parent.name.split("-")[0] for f in tmp_path.glob("*/metrics.json")}
+    assert done == {"base", "other", "trial_0", "trial_1"}
+
+
+def test_a_run_that_failed_and_was_trained_by_hand_is_no_failure(
+    make_plan, tiny, tmp_path, monkeypatch
+):
+    runs = {"base-val-seed0": (BASE, 0)}
+    plan = make_plan(runs=frozenset(runs))
+    queue(plan, runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "train", lambda *_, **__: raising(RunError("no luck")))
+        work(plan)
+    with pytest.raises(RunError, match=r"1 of 1 runs failed.*base-val-seed0: no luck"):
+        trials.train_queued(plan, 0, progress=False)
+    train(BASE, tmp_path / "base-val-seed0", dataset=tiny, progress=False)
+    trials.train_queued(plan, 0, progress=False)
+
+
+def test_an_old_reason_isnt_given_for_a_new_failure(make_plan, monkeypatch):
+    runs = {"base-val-seed0": (BASE, 0)}
+    plan = make_plan(runs=frozenset(runs))
+    queue(plan, runs)
+    monkeypatch.setattr(trials, "train", lambda *_, **__: raising(RunError("no luck")))
+    work(plan)
+    queue(plan, runs)
+    (trial,) = latest(plan.studies()[0]).values()
+    assert trial.state == TrialState.WAITING and "error" not in trial.user_attrs
+
+
 def test_a_run_that_failed_may_be_changed_or_taken_out(make_plan, tmp_path, monkeypatch):
     one, other = (replace(BASE, name=name) for name in ("one", "other"))
     runs = {"one-val-seed0": (one, 0), "other-val-seed0": (other, 0)}
@@ -257,6 +298,7 @@ def raising(error):
 def test_hyperband_keeps_an_interrupted_trial_in_its_bracket():
     """Its second attempt has another number, by which Optuna deals the brackets out."""
     pruner = trials.PRUNERS["hyperband"](12)
+    assert pruner._max_resource == 12
     study = optuna.create_study(study_name="s", direction="maximize", pruner=pruner)
 
     def brackets():

@@ -17,7 +17,7 @@ from tinycifar import analysis, shapes
 from tinycifar.data import Data
 from tinycifar.inference import OnnxNetwork, load_onnx
 from tinycifar.paths import DEFAULT, RESULTS
-from tinycifar.run_directory import RunDirectory, find_run
+from tinycifar.run_directory import RunDirectory, find_run, write_file
 
 FILE = RESULTS / "card.json"
 EXPORTED = RESULTS / "export"  # the default weights as ONNX files
@@ -87,7 +87,7 @@ def read() -> dict[str, Any]:
 
 def write(figures: dict[str, Any]) -> None:
     """Publish what `measure` gave."""
-    FILE.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_file(FILE, (json.dumps(figures, indent=1) + "\n").encode())
 
 
 # ---------------------------------------------------------------------------------------- tables

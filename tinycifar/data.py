@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import reprlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -108,7 +109,10 @@ def load(
         ValueError: the limit isn't a whole number in range.
     """
     if not isinstance(dataset, str) or dataset not in DATASETS:
-        raise DataError(f"dataset {dataset!r} is unknown: choose one of {', '.join(DATASETS)}.")
+        raise DataError(
+            f"dataset {reprlib.repr(dataset)} is unknown: choose one of {', '.join(DATASETS)}; "
+            "`train` also takes a data.Data."
+        )
     _check_limit(limit, "shapes" if dataset == "shapes" else "cifar10")
     if dataset != "shapes":
         from tinycifar.cifar10 import read_cifar10  # torchvision, which takes seconds

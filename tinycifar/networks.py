@@ -255,7 +255,7 @@ def own_network(num_classes: int, name: str) -> nn.Module:
             f"network {name!r} must answer a batch (N, 3, H, W) with log-probabilities (N, "
             f"{num_classes}), as log_softmax(dim=1) gives; its answer to two images is {what}{sums}"
         )
-    layer_costs(network)  # what can't be counted is refused before it is trained
+    layer_costs(network)  # what fails here would fail when the training is done
     return network
 
 

@@ -224,6 +224,8 @@ def _kernel_manager() -> type:
             # Progress bars would be saved as hundreds of lines; figures go into the notebook.
             inline = "module://matplotlib_inline.backend_inline"
             environment = {"TQDM_DISABLE": "1", "MPLBACKEND": inline}
+            # Imports what we can, networks of the caller's own included.
+            environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
             return KernelSpec(**get_kernel_dict(), env=environment)
 
     return ThisPython

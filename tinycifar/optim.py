@@ -94,13 +94,15 @@ def _matrix(weight: Tensor) -> Tensor:
 def dirac(model: nn.Module) -> None:
     """Dirac initialisation: add the identity to each depthwise filter, so that it passes its input.
 
+    Frozen filters are left alone.
+
     A chain of random filters blurs and mixes up its input, and NetCIFAR10_Tiny has no skip
     connections around them. After Keller Jordan's airbench (arXiv:2404.00498), where the identity
     replaces the first filters of standard convolutions; see also Xiao et al. (2018,
     arXiv:1806.05393).
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and is_depthwise(module):
+        if isinstance(module, nn.Conv2d) and is_depthwise(module) and module.weight.requires_grad:
             with torch.no_grad():
                 height, width = module.kernel_size
                 module.weight[:, :, height // 2, width // 2] += 1

@@ -32,6 +32,7 @@ from tinycifar.recipes import RECIPES
 from tinycifar.run_directory import write_file
 from tinycifar.studies import load_study
 from tinycifar.training import test_figures
+from tinycifar.trials import recorded
 from tinycifar.weights import load_pretrained
 
 _ROOT = CHECKOUT or Path()
@@ -370,7 +371,7 @@ def _figures() -> Iterator[tuple[Path, Figure]]:
         title = f"Study {name}: gains over its base"
         yield STUDIES / name / "study.png", analysis.plot_study(varied, title)
         if (study := load_study(_ROOT / "studies" / f"{name}.yaml")).search:
-            search = analysis.load_search(study, STUDIES / name)
+            search = analysis.load_search(study, storage=recorded(STUDIES / name))
             for what in analysis.SEARCH_FIGURES:
                 yield STUDIES / name / f"{what}.png", analysis.plot_search(search, what)
 

@@ -108,7 +108,8 @@ def find_run(run: str | os.PathLike[str]) -> Path:
     names += sorted(there - set(names))
     raise FileNotFoundError(
         f"no run at {name!r}: expected the path of a run directory (it holds config.json, as "
-        f"train() writes it) or a published one: {', '.join(names) or '(there is none yet)'}"
+        f"train() writes it; looked for in {absolute(name)}) or a published one: "
+        f"{', '.join(names) or '(there is none yet)'}"
     )
 
 
@@ -142,6 +143,10 @@ class RunDirectory:
     @property
     def is_finished(self) -> bool:
         return (self.path / "metrics.json").is_file()
+
+    def is_done(self, test: bool) -> bool:
+        """Whether it is finished, the figures on test included where they are wanted."""
+        return self.is_finished and not (test and self.metrics()["test_acc"] is None)
 
     # The one reader of each file: it says the file's name when that isn't what training wrote.
 

@@ -189,8 +189,7 @@ def _range(base: Recipe, name: object, values: Any) -> optuna.distributions.Base
 
 def _check_together(base: Recipe, ranges: Mapping[str, Any]) -> None:
     """Check that the ranges' ends can be combined, too: up to 2,000 combinations of them."""
-    ends = [getattr(d, "choices", None) or (d.low, d.high) for d in ranges.values()]
-    for values in islice(product(*ends), 2_000):
+    for values in islice(product(*map(trials.ends_of, ranges.values())), 2_000):
         _changed(base, "search", dict(zip(ranges, values, strict=True)), "trial")
 
 
@@ -389,13 +388,15 @@ class _Sweep:
         """
         settings = self.settings | {"dataset": self.data}
         experiments = [settle(recipe, seed, **settings) for recipe, seed in pairs]
+        for recipe in () if search is None else search.ends():
+            check_parts(settle(recipe, **settings))  # may need a teacher, or fewer images a batch
         runs = [RunDirectory(self.folder / one.name) for one in experiments]
         times = Counter(one.name for one in experiments)
         if twice := [name for name in times if times[name] > 1]:
             raise ValueError(f"two runs would go into {twice[0]}: name recipes and seeds only once")
         waiting = {}
         for run, one in zip(runs, experiments, strict=True):
-            if run.kept(one.identity) is None or not trials.is_done(run, self.test):
+            if run.kept(one.identity) is None or not run.is_done(self.test):
                 check_parts(one)
                 waiting[one.name] = one.recipe, one.seed
             elif self.progress:
@@ -417,7 +418,7 @@ class _Sweep:
             trials.queue(plan, waiting)
             jobs = self.jobs or _most_jobs(experiments[0].device, self.threads)
             trials.train_queued(plan, jobs, self.progress)
-            if left := [run.path.name for run in runs if not trials.is_done(run, self.test)]:
+            if left := [run.path.name for run in runs if not run.is_done(self.test)]:
                 raise RunError(
                     f"{', '.join(left)}: trained by a worker that was told to leave the test set "
                     "alone; the same command adds the figures on test"
@@ -431,7 +432,7 @@ class _Sweep:
         state = optuna.trial.TrialState.COMPLETE
         done = [trial.user_attrs["run"] for trial in there.values() if trial.state == state]
         if not done:
-            raise RunError(f"no trial of the search {name!r} was trained to its end: all diverged")
+            raise RunError(f"no trial of the search {name!r} was trained to its end: all failed")
         if gone := [run for run in done if not RunDirectory(self.folder / run).is_finished]:
             raise RunError(
                 f"{len(gone)} of {len(done)} finished trials aren't in {self.folder}, e.g. "

@@ -184,6 +184,14 @@ def check_parts(experiment: Experiment) -> None:
 def _check_own_network(recipe: Recipe, num_classes: int) -> None:
     with torch.random.fork_rng([]), torch.no_grad():
         network = own_network(num_classes, recipe.network).eval()
+        for side in recipe.epochs_by_side():
+            try:
+                network(torch.zeros(2, 3, side, side))
+            except Exception as error:  # its code may raise anything
+                raise ValueError(
+                    f"network {recipe.network!r} fails on images of {side} x {side}, which the "
+                    f"recipe has in its first epochs ({error}): give it start_side=32"
+                ) from error
         if recipe.precision == "float32":
             return
         try:
@@ -294,27 +302,40 @@ def train(
     with deterministic(experiment.device):
         # Before anything is replaced: a missing library or too little memory shows here.
         trainer = Trainer(experiment, progress)
-        with run.opened(experiment.config, experiment.identity, force) as state:
+        with (
+            run.opened(experiment.config, experiment.identity, force) as state,
+            _told(run, experiment.recipe),
+        ):
+            if run.is_done(test):  # by another process, meanwhile
+                return run.metrics()
             if state is not None:
                 trainer.load_state_dict(state)
-            try:
-                trainer.fit(run.save, on_epoch)
-                metrics = trainer.measure(test)
-            except KeyboardInterrupt as error:
-                error.add_note(f"{run.path} is intact")
-                raise
-            except Diverged as error:
-                rates = ", ".join(f"{o.defaults['lr']:g}" for o in trainer.optimizers)
-                raise RunError(
-                    f"{error}: the training diverged, and {run.path} is intact up to its last "
-                    f"finished epoch; try another name with a lower lr (this recipe's: {rates})"
-                ) from error
-            return run.finish(metrics)
+            trainer.fit(run.save, on_epoch)
+            return run.finish(trainer.measure(test))
+
+
+@contextmanager
+def _told(run: RunDirectory, recipe: Recipe) -> Iterator[None]:
+    """Say what is left of a run that was interrupted or diverged."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(f"{run.path} is intact")
+        raise
+    except Diverged as error:
+        rates = f"{recipe.lr:g}"
+        if recipe.optimizer.startswith("muon"):
+            rates += f", {recipe.muon_lr:g}"
+        raise RunError(
+            f"{error}: the training diverged, and {run.path} is intact up to its last "
+            f"finished epoch; try another name with a lower lr (this recipe's: {rates})"
+        ) from error
 
 
 def _tested(run: RunDirectory, experiment: Experiment) -> dict[str, Any]:
     """The metrics of a finished run that left the test set alone, with its figures added."""
-    with deterministic(experiment.device), run.opened(experiment.config, experiment.identity):
+    opened = run.opened(experiment.config, experiment.identity)
+    with deterministic(experiment.device), opened, _told(run, experiment.recipe):
         metrics = run.metrics()
         if metrics["test_acc"] is not None:  # by another process, meanwhile
             return metrics

@@ -67,6 +67,11 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
+def ends_of(distribution: Any) -> tuple[Any, ...]:
+    """All choices, or the lowest and the highest number."""
+    return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
+
+
 @dataclass(frozen=True)
 class Search:
     """A search as a study file describes it.
@@ -91,12 +96,18 @@ class Search:
     @property
     def epochs(self) -> int:
         """The most that a trial trains."""
-        d: Any = self.ranges.get("epochs")
-        return self.base.epochs if d is None else max(getattr(d, "choices", None) or (d.high,))
+        d = self.ranges.get("epochs")
+        return self.base.epochs if d is None else max(ends_of(d))
 
     @property
     def confirming_seeds(self) -> tuple[int, ...]:
         return (self.seed + 1, self.seed + 2) if self.confirm else ()
+
+    def ends(self) -> Iterator[Recipe]:
+        """The base with each field that is searched, by itself, at each of its ends or choices."""
+        for name, d in self.ranges.items():
+            for value in ends_of(d):
+                yield replace(self.base, **{name: value})
 
     def recipe(self, trial: Trial, number: int) -> Recipe:
         """The base with the parameters that the sampler gives the trial."""
@@ -175,6 +186,14 @@ def keyed_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 def default_storage(folder: Path) -> str:
     """The URL of SQLite's file in the folder of the runs."""
     return sqlite_url(str(folder / DATABASE))
+
+
+_OPEN = (TrialState.WAITING, TrialState.RUNNING)
+
+
+def recorded(folder: Path) -> str:
+    """The same, to be read alone: nothing is written, not even a table."""
+    return sqlite_url((folder / DATABASE).as_uri(), mode="ro", uri="true")
 
 
 def sqlite_url(database: str, **query: str) -> str:
@@ -334,11 +353,7 @@ class Plan:
     def unfinished(self) -> int:
         """How many trials wait or are being trained, here or elsewhere."""
         with reachable(self.url):
-            return sum(
-                not trial.state.is_finished()
-                for study in self.studies()
-                for trial in study.get_trials(deepcopy=False)
-            )
+            return sum(len(s.get_trials(deepcopy=False, states=_OPEN)) for s in self.studies())
 
 
 def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
@@ -387,16 +402,36 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
             one = there.get(name)
             missing = one is None or one.state == TrialState.COMPLETE  # or its folder was removed
             revised = name in failed and changed[name]
-            if (missing or revised) and not is_done(RunDirectory(plan.folder / name), plan.test):
+            if (missing or revised) and not RunDirectory(plan.folder / name).is_done(plan.test):
                 whole.enqueue_trial({}, user_attrs=attributes)
         if plan.search is not None:
             for _ in range(plan.search.trials - len(latest(search[0]))):
                 search[0].enqueue_trial({}, user_attrs={"seed": plan.search.seed})
+        _drop_what_was_taken_out(plan, whole, *search)
 
 
-def is_done(run: RunDirectory, test: bool) -> bool:
-    """Whether a whole run is finished, the figures on test included where they are wanted."""
-    return run.is_finished and not (test and run.metrics()["test_acc"] is None)
+def _drop_what_was_taken_out(plan: Plan, whole: optuna.Study, *search: optuna.Study) -> None:
+    """Mark what waits and isn't in the plan, which is the latest: no worker will train it.
+
+    Decided here and not by a worker, whose plan may be older than what another command queued.
+    """
+    dropped: list[tuple[optuna.Study, FrozenTrial]] = []
+    # The best trials, as whole runs, are queued last, by a plan of their own.
+    if not all(name.startswith("trial_") for name in plan.runs):
+        for trial in latest(whole).values():
+            name = trial.user_attrs["run"]
+            if name not in plan.runs and not name.startswith("trial_"):
+                dropped.append((whole, trial))
+    for study in search:
+        assert plan.search is not None
+        trials = sorted(latest(study).values(), key=lambda t: t.state == TrialState.WAITING)
+        dropped += [(study, trial) for trial in trials[plan.search.trials :]]
+    storage = connect(plan.url)
+    for study, trial in dropped:
+        if trial.state == TrialState.WAITING:
+            number = storage.get_study_id_from_name(study.study_name), trial.number
+            of_trial = storage.get_trial_id_from_study_id_trial_number(*number)
+            storage.set_trial_user_attr(of_trial, "dropped", True)
 
 
 def _queue_again(study: optuna.Study, trial: FrozenTrial, afresh: bool = False) -> None:
@@ -404,6 +439,7 @@ def _queue_again(study: optuna.Study, trial: FrozenTrial, afresh: bool = False) 
     if afresh:
         trial = copy.deepcopy(trial)
         trial.system_attrs |= {"failed_trial": original(trial), "retry_history": []}
+        trial.user_attrs.pop("error", None)
     RetryHeartbeatStaleTrialCallback(RETRIES)(study, trial)
 
 
@@ -435,8 +471,7 @@ _SILENT = sqlalchemy.text(
 class _NotQueued(RuntimeError):
     """A trial that isn't asked for.
 
-    Optuna made it up, as another worker has taken the last that waited; or what it was queued for
-    was taken out of the study since.
+    Optuna made it up, as another worker has taken the last that waited; or it was dropped.
     """
 
 
@@ -507,23 +542,10 @@ class _Worker:
                 _queue_again(study, study.get_trials(deepcopy=False)[number])
             raise
 
-    def _was_taken_out(self, study: optuna.Study, trial: Trial) -> bool:
-        plan = self.plan
-        if study is self.studies[0]:
-            name = trial.user_attrs["run"]
-            # The best trials, as whole runs, are queued last, perhaps by another machine.
-            return bool(plan.runs) and name not in plan.runs and not name.startswith("trial_")
-        assert plan.search is not None
-        done = sum(other.state in _GOOD for other in latest(study).values())
-        return done >= plan.search.trials
-
     def _train(self, study: optuna.Study, trial: Trial) -> float:
-        if "seed" not in trial.user_attrs:
+        if "seed" not in trial.user_attrs or "dropped" in trial.user_attrs:
             raise _NotQueued
         plan, seed, whole = self.plan, trial.user_attrs["seed"], study is self.studies[0]
-        if self._was_taken_out(study, trial):
-            trial.set_user_attr("dropped", True)
-            raise _NotQueued
         if whole:
             recipe = Recipe(**in_full(trial.user_attrs["recipe"]))
         else:
@@ -607,7 +629,7 @@ def train_queued(plan: Plan, jobs: int, progress: bool) -> None:
         _end(workers)
     with reachable(plan.url):
         ended = [trial for _, trial in plan.asked_for(plan.studies())]
-    failed = [t for t in ended if t.state == TrialState.FAIL]
+    failed = [t for t in ended if t.state == TrialState.FAIL and not _was_trained_since(t, plan)]
     if missing := sum(not t.state.is_finished() for t in ended):
         killed = any(worker.returncode < 0 for worker in workers)
         why = "was killed, most likely as memory ran out: give fewer JOBS (jobs=)"
@@ -622,6 +644,12 @@ def train_queued(plan: Plan, jobs: int, progress: bool) -> None:
             for t in failed
         )
         raise RunError(f"{len(failed)} of {len(ended)} runs failed, the others are done. {reasons}")
+
+
+def _was_trained_since(failed: FrozenTrial, plan: Plan) -> bool:
+    """Whether the whole run is there all the same, by `train`."""
+    name = failed.user_attrs.get("run")
+    return name in plan.runs and RunDirectory(plan.folder / name).is_done(plan.test)
 
 
 def _started(plan: Plan) -> subprocess.Popen:

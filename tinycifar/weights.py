@@ -6,6 +6,7 @@ predict("cat.jpg", model, top=3)            # [('cat', 0.61), ('dog', 0.22), ...
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ from tinycifar.checks import check_whole
 from tinycifar.evaluation import eval_mode
 from tinycifar.images import read_image
 from tinycifar.inference import Network, OnnxNetwork, check_pixels, likeliest
-from tinycifar.networks import make_network
+from tinycifar.networks import make_network, source_sha256
 from tinycifar.paths import DEFAULT
 from tinycifar.run_directory import RunDirectory, find_run, read_tensors
 
@@ -57,6 +58,12 @@ def load_network(run: RunDirectory) -> Any:
         raise ValueError(
             f"{run.path / 'config.json'} is not the config.json of a run: {error!r}"
         ) from error
+    if own and source_sha256(config["model"]["class"]) != config.get("network_sha256"):
+        warnings.warn(
+            f"the file of {config['model']['class']} has changed since {run.path} was trained: "
+            "its weights may mean something else now",
+            stacklevel=3,
+        )
     model.classes = tuple(config["classes"])
     model.mean, model.std = tuple(config["mean"]), tuple(config["std"])
     run.verify_weights()

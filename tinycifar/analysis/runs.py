@@ -222,15 +222,17 @@ def _as_called(study: Study, run: Run) -> Run | None:
 
 
 def load_search(
-    study: str | PathLike[str] | Study, folder: str | PathLike[str] | None = None
+    study: str | PathLike[str] | Study,
+    folder: str | PathLike[str] | None = None,
+    storage: str | None = None,
 ) -> optuna.Study:
-    """The search of a study, as Optuna has it; from TINYCIFAR_STORAGE, else SQLite's in the folder.
-
-    (An argument in a notebook would be no place for a password.)
+    """The search of a study, as Optuna has it.
 
     Args:
         study: the path of a study file, or what `load_study` made of it.
         folder: that of its runs; None: runs/<name of the file>.
+        storage: the URL of a database; None: TINYCIFAR_STORAGE (a notebook is no place for a
+            password), else SQLite's in the folder.
 
     Raises:
         FileNotFoundError: it isn't there. ValueError: the study has no search.
@@ -239,11 +241,13 @@ def load_search(
     study = study if isinstance(study, Study) else load_study(Path(study))
     if study.search is None:
         raise ValueError(f"the study {study.name!r} has no search")
-    file = absolute(folder or f"runs/{study.name}") / trials.DATABASE
-    storage = os.environ.get("TINYCIFAR_STORAGE")
-    if not storage and not file.is_file():
-        raise FileNotFoundError(f"no search at {file}: begin it with make sweep STUDY=...")
-    url = storage or trials.sqlite_url(file.as_uri(), mode="ro", uri="true")  # nothing is written
+    folder = absolute(folder or f"runs/{study.name}")
+    storage = storage or os.environ.get("TINYCIFAR_STORAGE")
+    if not storage and not (folder / trials.DATABASE).is_file():
+        raise FileNotFoundError(
+            f"no search at {folder / trials.DATABASE}: begin it with make sweep STUDY=..."
+        )
+    url = storage or trials.recorded(folder)
     with trials.reachable(url):
         try:
             return optuna.load_study(study_name=study.name, storage=trials.connect(url))

@@ -21,7 +21,7 @@ from tiny_cifar10_net import SeparableConv
 from tinycifar.analysis.measures import confusion_matrix, gains, normalised_moments
 from tinycifar.analysis.runs import Predictions, Run, as_list, counted, reference_run
 from tinycifar.checks import check_whole
-from tinycifar.costs import layer_costs, receptive_field
+from tinycifar.costs import FUNCTIONS, layer_costs, receptive_field
 from tinycifar.data import Data, channel_stats, some_of, title
 from tinycifar.evaluation import evaluate
 from tinycifar.recipes import Recipe
@@ -431,8 +431,9 @@ def layer_table(model: nn.Module) -> pd.DataFrame:
         multiply_adds, parameters_share, multiply_adds_share; shares in percent.
     """
     table = pd.DataFrame(layer_costs(model))
-    shape, layers = table["out_shape"].str, map(model.get_submodule, table["name"])
-    side = shape[1].where(shape.len() == 3).ffill().astype(int)
+    shape = table["out_shape"].str
+    layers = map(model.get_submodule, table["name"].replace(FUNCTIONS, ""))
+    side = shape[1].where(shape.len() == 3).ffill().fillna(0).astype(int)
     stage = table["name"].str.split(".").str[0]
     table = pd.DataFrame(
         {
