@@ -21,7 +21,7 @@ from scipy.stats import ttest_ind
 from torch import nn
 
 import augment
-from tiny_cifar10_net import NetCIFAR10_Tiny
+from tiny_cifar10_net import NetCIFAR10_Tiny, fuse
 from tinycifar import analysis
 from tinycifar import data as datasets
 from tinycifar.analysis.measures import augmented, gains, share_within
@@ -33,6 +33,7 @@ from tinycifar.recipes import RECIPES, Recipe, get_recipe
 from tinycifar.run_directory import HISTORY_COLUMNS, RunError
 from tinycifar.studies import chosen, load_study
 from tinycifar.training import train
+from tinycifar.trials import recorded
 from tinycifar.weights import load_pretrained
 
 
@@ -634,6 +635,19 @@ def test_layer_table():
     assert f"depthwise {100 * depthwise / 36_170:.0f} %" in texts(figure)
 
 
+def test_what_isnt_computed_by_layers_is_shown_too():
+    fused = fuse(NetCIFAR10_Tiny().eval())
+    (row,) = analysis.layer_table(fused).to_dict("records")
+    assert (row["layer"], row["kind"], row["multiply_adds"]) == (
+        "(functions)",
+        "FusedNet",
+        17_330_816,
+    )
+    assert row["channels"] == row["activations"] == 0
+    _, macs, _ = analysis.plot_costs(fused).axes
+    assert sum(bar.get_height() for bar in macs.patches) == 17_330_816
+
+
 def test_separable_table():
     table = analysis.separable_table(NetCIFAR10_Tiny()).set_index("block")
     assert len(table) == 9 + 2
@@ -1123,3 +1137,5 @@ def test_a_search_is_read_and_drawn(search_folder, monkeypatch):
     monkeypatch.setenv("TINYCIFAR_STORAGE", "postgresql://u:secret@127.0.0.1:1/x")
     with pytest.raises(RunError, match=r"u:\*\*\*@127"):
         analysis.load_search(file, folder)
+    # A published search is read from its own file, whatever database its reader works with.
+    assert analysis.load_search(file, storage=recorded(folder)).trials == search.trials

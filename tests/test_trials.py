@@ -246,6 +246,28 @@ def test_a_worker_with_an_older_plan_trains_what_a_newer_command_added(make_plan
     assert done == {"base", "other", "trial_0", "trial_1"}
 
 
+def test_what_was_taken_out_while_it_was_trained_is_not_queued_again(make_plan, tmp_path):
+    """Its worker has died, and is found to be dead later."""
+    other = replace(BASE, name="other", lr=0.02)
+    one = {"base-val-seed0": (BASE, 0)}
+    both = one | {"other-val-seed0": (other, 0)}
+    plan = make_plan({"trials": 2}, runs=frozenset(both))
+    queue(plan, both)
+    whole, search = plan.studies()
+    for study in (whole, whole, search, search):
+        study.ask()
+    search.tell(1, 50.0)  # which is as many as `fewer` asks for
+    fewer = replace(plan, search=replace(plan.search, trials=1), runs=frozenset(one))
+    queue(fewer, one)
+    for study in (whole, search):
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)
+            trials._queue_again(study, study.trials[trial.number])
+    work(fewer)
+    done = {f.parent.name.split("-")[0] for f in tmp_path.glob("*/metrics.json")}
+    assert done == {"base"}
+
+
 def test_a_run_that_failed_and_was_trained_by_hand_is_no_failure(
     make_plan, tiny, tmp_path, monkeypatch
 ):

@@ -188,9 +188,6 @@ def default_storage(folder: Path) -> str:
     return sqlite_url(str(folder / DATABASE))
 
 
-_OPEN = (TrialState.WAITING, TrialState.RUNNING)
-
-
 def recorded(folder: Path) -> str:
     """The same, to be read alone: nothing is written, not even a table."""
     return sqlite_url((folder / DATABASE).as_uri(), mode="ro", uri="true")
@@ -302,6 +299,8 @@ def latest(study: optuna.Study) -> dict[int, FrozenTrial]:
 
 # --------------------------------------------------------------------------------------- the queue
 
+_OPEN = (TrialState.WAITING, TrialState.RUNNING)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -411,9 +410,10 @@ def queue(plan: Plan, runs: Mapping[str, tuple[Recipe, int]]) -> None:
 
 
 def _drop_what_was_taken_out(plan: Plan, whole: optuna.Study, *search: optuna.Study) -> None:
-    """Mark what waits and isn't in the plan, which is the latest: no worker will train it.
+    """Mark what isn't done and not in the plan, which is the latest: no worker will train it.
 
-    Decided here and not by a worker, whose plan may be older than what another command queued.
+    Decided here and not by a worker, whose plan may be older than what another command queued. What
+    is being trained is marked too: should its worker die, it isn't queued again.
     """
     dropped: list[tuple[optuna.Study, FrozenTrial]] = []
     # The best trials, as whole runs, are queued last, by a plan of their own.
@@ -424,11 +424,14 @@ def _drop_what_was_taken_out(plan: Plan, whole: optuna.Study, *search: optuna.St
                 dropped.append((whole, trial))
     for study in search:
         assert plan.search is not None
-        trials = sorted(latest(study).values(), key=lambda t: t.state == TrialState.WAITING)
-        dropped += [(study, trial) for trial in trials[plan.search.trials :]]
+        done_first = sorted(
+            latest(study).values(),
+            key=lambda t: (t.state == TrialState.WAITING, t.state == TrialState.RUNNING),
+        )
+        dropped += [(study, trial) for trial in done_first[plan.search.trials :]]
     storage = connect(plan.url)
     for study, trial in dropped:
-        if trial.state == TrialState.WAITING:
+        if trial.state in _OPEN:
             number = storage.get_study_id_from_name(study.study_name), trial.number
             of_trial = storage.get_trial_id_from_study_id_trial_number(*number)
             storage.set_trial_user_attr(of_trial, "dropped", True)

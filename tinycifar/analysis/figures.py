@@ -201,8 +201,9 @@ def plot_costs(model: nn.Module) -> Figure:
     step has to write, read and keep, and what bounds it where there are few multiply-adds.
     """
     layers = layer_table(model)
-    kinds = ["standard", "depthwise", "pointwise", "BatchNorm", "attention"]
-    kinds = [kind for kind in kinds if kind in set(layers["kind"])]
+    there = list(layers["kind"].unique())
+    known = ["standard", "depthwise", "pointwise", "BatchNorm", "attention"]
+    kinds = [kind for kind in known if kind in there] + [k for k in there if k not in known]
     figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.9))
     for axes, what in zip(all_axes, ("parameters", "multiply_adds", "activations"), strict=True):
         sums = layers.pivot_table(what, "stage", "kind", "sum", sort=False)
