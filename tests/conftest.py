@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -19,6 +20,8 @@ from tinycifar.run_directory import RunDirectory
 
 for name in [name for name in os.environ if name.startswith("TINYCIFAR_")]:  # options of commands
     del os.environ[name]
+# A shell script that runs the tests in the background has it ignored, by them and what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit that
 
 
