@@ -1,11 +1,12 @@
 """studies.py: files that say what to train, and many runs at once, each as `train` makes it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
-from helpers import NETWORK, SMALL
+from helpers import NETWORK, SMALL, search_study, searched
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 import augment
@@ -255,6 +256,16 @@ def test_a_search_that_doesnt_fit_its_data_or_teachers_is_refused_as_well(
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         train_study(write_search(search=ranges), folder=tmp_path / "out", dataset=tiny)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_search_needs_its_teachers_no_more(tiny, tmp_path):
+    recipe = get_recipe("sprint", epochs=1, network=NETWORK, batch_size=60)
+    train(recipe, tmp_path / "t", dataset=tiny, progress=False)
+    ranges = {"teacher": [None, str(tmp_path / "t")], "lr": {"low": 0.002, "high": 0.02}}
+    file = search_study(tmp_path, trials=2, prune="none", search=ranges)
+    metrics = searched(file, tmp_path / "out", tiny)
+    shutil.rmtree(tmp_path / "t")
+    assert searched(file, tmp_path / "out", tiny) == metrics
 
 
 # -------------------------------------------------------------------------------- many at once

@@ -388,8 +388,6 @@ class _Sweep:
         """
         settings = self.settings | {"dataset": self.data}
         experiments = [settle(recipe, seed, **settings) for recipe, seed in pairs]
-        for recipe in () if search is None else search.ends():
-            check_parts(settle(recipe, **settings))  # may need a teacher, or fewer images a batch
         runs = [RunDirectory(self.folder / one.name) for one in experiments]
         times = Counter(one.name for one in experiments)
         if twice := [name for name in times if times[name] > 1]:
@@ -401,6 +399,9 @@ class _Sweep:
                 waiting[one.name] = one.recipe, one.seed
             elif self.progress:
                 print(f"{one.name}  kept: {_outcome(run)}", flush=True)
+        if waiting and search is not None:  # not a finished one, which needs no teacher any more
+            for recipe in search.ends():
+                check_parts(settle(recipe, **settings))
         if waiting or search is not None:
             of_all = ("protocol", "dataset", "limit", "data_sha256")
             plan = Plan(
