@@ -283,6 +283,23 @@ def test_a_run_that_failed_and_was_trained_by_hand_is_no_failure(
     trials.train_queued(plan, 0, progress=False)
 
 
+def test_a_run_that_ends_before_the_first_look_is_told_once_too(make_plan, monkeypatch, capsys):
+    """Starting a worker takes as long as it reads its plan; the first may be done by then."""
+    runs = {"base-val-seed0": (BASE, 0)}
+    plan = make_plan(runs=frozenset(runs))
+    queue(plan, runs)
+
+    def started(plan):
+        work(plan)
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(trials, "_started", started)
+    trials.train_queued(plan, 1, progress=True)
+    assert capsys.readouterr().out.count("base-val-seed0  validation") == 1
+    trials.train_queued(plan, 1, progress=True)
+    assert not capsys.readouterr().out
+
+
 def test_an_old_reason_isnt_given_for_a_new_failure(make_plan, monkeypatch):
     runs = {"base-val-seed0": (BASE, 0)}
     plan = make_plan(runs=frozenset(runs))
@@ -558,7 +575,7 @@ def test_only_what_failed_is_called_so_when_all_workers_are_gone(make_plan, caps
     plan = make_plan(runs=frozenset(["base-val-seed0"]))
     queue(plan, {"base-val-seed0": (BASE, 0)})
     dies = SimpleNamespace(poll=iter([None, -signal.SIGKILL]).__next__)
-    trials._watch(plan, [dies], progress=True)
+    trials._watch(plan, [dies], set(), progress=True)
     assert "failed" not in capsys.readouterr().out, "it waits"
 
 

@@ -625,9 +625,12 @@ def train_queued(plan: Plan, jobs: int, progress: bool) -> None:
     Raises:
         RunError: some trials failed, which are named; or the workers were killed.
     """
+    with reachable(plan.url):
+        asked = plan.asked_for(plan.studies())
+    told = {_key(study, trial) for study, trial in asked if trial.state.is_finished()}
     workers = [_started(plan) for _ in range(min(jobs, plan.unfinished()))]
     try:
-        _watch(plan, workers, progress)
+        _watch(plan, workers, told, progress)
     finally:
         _end(workers)
     with reachable(plan.url):
@@ -681,9 +684,14 @@ def _end(workers: Iterable[subprocess.Popen]) -> None:
             worker.wait()
 
 
-def _watch(plan: Plan, workers: list[subprocess.Popen], progress: bool) -> None:
-    """Until all workers have ended: a line for each trial that ends, and a bar of all."""
-    told = None
+def _watch(
+    plan: Plan, workers: list[subprocess.Popen], told: set[tuple[str, int]], progress: bool
+) -> None:
+    """Until all workers have ended: a line for each trial that ends, and a bar of all.
+
+    Args:
+        told: the keys of those that had ended before.
+    """
     with reachable(plan.url):
         studies = plan.studies()
         # None: hidden unless on a terminal.
@@ -696,18 +704,22 @@ def _watch(plan: Plan, workers: list[subprocess.Popen], progress: bool) -> None:
                 states = _GOOD if working else (*_GOOD, TrialState.FAIL)
                 ended = [(s, t) for s, t in trials if t.state in states]
                 where = _MEANT[plan.settings["protocol"]]
-                lines = {(s.study_name, original(t)): _outcome(t, where) for s, t in ended}
-                told = lines.keys() if told is None else told
                 bar.clear()
-                for line in (line for key, line in lines.items() if key not in told and progress):
-                    print(line, flush=True)
-                told = lines.keys()
+                for study, trial in ended:
+                    if progress and _key(study, trial) not in told:
+                        print(_outcome(trial, where), flush=True)
+                    told.add(_key(study, trial))
                 bar.total, bar.n = len(trials), len(ended)
                 best = [t.value for s, t in ended if s is not studies[0] and t.value is not None]
                 bar.set_postfix_str(f"best {max(best):.2f} %" if best else "", refresh=False)
                 bar.refresh()
                 if working:
                     time.sleep(1)
+
+
+def _key(study: optuna.Study, trial: FrozenTrial) -> tuple[str, int]:
+    """The same for all attempts of a trial."""
+    return study.study_name, original(trial)
 
 
 _GOOD = (TrialState.COMPLETE, TrialState.PRUNED)

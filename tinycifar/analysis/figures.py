@@ -210,13 +210,14 @@ def plot_costs(model: nn.Module) -> Figure:
         sums = sums.reindex(columns=kinds).fillna(0)
         sums.index = sums.index.str.replace(", ", "\n")
         total = layers[what].sum()
-        sums.columns = [f"{kind} {100 * n / total:.0f} %" for kind, n in sums.sum().items()]
+        most = max(1, sums.sum(axis=1).max())  # a fused network's activations aren't known
+        sums.columns = [f"{kind} {100 * n / max(1, total):.0f} %" for kind, n in sums.sum().items()]
         sums.plot.bar(stacked=True, ax=axes, width=0.7, rot=0, xlabel="", color=[*COLOURS])
         axes.set_title(f"{total:,} {what.replace('_', '-')}")
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper left")
-        axes.set_ylim(0, 1.45 * sums.sum(axis=1).max())
+        axes.set_ylim(0, 1.45 * most)
     return figure
 
 
